@@ -1,0 +1,56 @@
+"""Qwen3-VL for Hugging Face Transformers: stock answers, in less time and memory.
+
+`import qwen3_vl` makes the Auto classes resolve to this package for `qwen3_vl` and `qwen3_vl_moe`. Names below are
+imported when they are first used.
+"""
+
+import importlib
+
+from .modeling_qwen3_vl.registration import register, unregister
+
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "Qwen3VLConfig": "configuration.configuration_qwen3_vl",
+    "Qwen3VLTextConfig": "configuration.configuration_qwen3_vl",
+    "Qwen3VLVisionConfig": "configuration.configuration_qwen3_vl",
+    "Qwen3VLMoeConfig": "configuration.configuration_qwen3_vl_moe",
+    "Qwen3VLMoeTextConfig": "configuration.configuration_qwen3_vl_moe",
+    "Qwen3VLMoeVisionConfig": "configuration.configuration_qwen3_vl_moe",
+    "check_transformers_version": "configuration.versions_qwen3_vl",
+    "Qwen3VLPreTrainedModel": "modeling_qwen3_vl.modeling_base",
+    "repeat_kv": "modeling_qwen3_vl.modeling_base",
+    "Qwen3VLAttention": "modeling_qwen3_vl.modeling_text",
+    "Qwen3VLRotaryEmbedding": "modeling_qwen3_vl.modeling_text",
+    "Qwen3VLTextModel": "modeling_qwen3_vl.modeling_text",
+    "apply_rotary_pos_emb": "modeling_qwen3_vl.modeling_text",
+    "Qwen3VLMoeTextModel": "modeling_qwen3_vl.modeling_moe",
+    "Qwen3VLVisionModel": "modeling_qwen3_vl.modeling_vision",
+    "Qwen3VLForConditionalGeneration": "modeling_qwen3_vl.modeling_qwen3_vl",
+    "Qwen3VLModel": "modeling_qwen3_vl.modeling_qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "modeling_qwen3_vl.modeling_qwen3_vl",
+    "Qwen3VLMoeModel": "modeling_qwen3_vl.modeling_qwen3_vl",
+    "Qwen3VLMoePreTrainedModel": "modeling_qwen3_vl.modeling_qwen3_vl",
+    "Qwen3VLMoeVisionModel": "modeling_qwen3_vl.modeling_qwen3_vl",
+    "export_hub_folder": "modeling_qwen3_vl.hub_export",
+    "Qwen3VLImageProcessor": "processing.image_processing_qwen3_vl",
+    "Qwen3VLProcessor": "processing.processing_qwen3_vl",
+    "Qwen3VLVideoProcessor": "processing.video_processing_qwen3_vl",
+}
+__all__ = ["__version__", "register", "unregister", *_MODULE_OF]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register()

@@ -1,0 +1,1 @@
+"""Which fields and defaults: model configurations and the optimization profile."""

@@ -1,0 +1,1 @@
+"""How the network computes: the plain model with its four ports."""

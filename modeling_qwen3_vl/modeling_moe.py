@@ -1,0 +1,152 @@
+"""Sparse experts in place of the decoder's feed-forward layers.
+
+Sources: Switch Transformer (arXiv 2101.03961) for the balancing loss, Qwen3 Technical Report (arXiv 2505.09388).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils.output_capturing import OutputRecorder
+
+from ..configuration.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+from .modeling_text import Qwen3VLAttention, Qwen3VLTextDecoderLayer, Qwen3VLTextMLP, Qwen3VLTextModel
+
+
+@use_experts_implementation
+class Qwen3VLMoeTextExperts(nn.Module):
+    """All experts of one layer as two three-dimensional weights.
+
+    `gate_up_proj` (experts, 2 * inner, hidden), `down_proj` (experts, hidden, inner): the layout that stock
+    `transformers` holds in memory. Checkpoints store both with the last two dimensions swapped.
+    """
+
+    def __init__(self, config: Qwen3VLMoeTextConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Args:
+        hidden_states (`torch.Tensor`): (tokens, hidden).
+        top_k_index, top_k_weights (`torch.Tensor`): (tokens, k), the experts of each token and their shares. An
+            index of `num_experts` marks an expert held by another device.
+        """
+        k = top_k_index.shape[-1]
+        # Sorted once, the tokens of every expert are neighbours: one pair of products for each expert in use.
+        by_expert = top_k_index.flatten().argsort(stable=True)
+        counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts + 1).tolist()
+        routed = hidden_states[by_expert // k]
+        outputs = []
+        for expert, tokens in enumerate(routed.split(counts)):
+            if expert < self.num_experts and len(tokens):
+                gate, up = F.linear(tokens, self.gate_up_proj[expert]).chunk(2, dim=-1)
+                outputs.append(F.linear(self.act_fn(gate) * up, self.down_proj[expert]))
+            else:
+                outputs.append(torch.zeros_like(tokens))
+        weighted = torch.cat(outputs) * top_k_weights.flatten()[by_expert, None]
+        in_order = torch.empty_like(weighted).index_copy(0, by_expert, weighted)
+        return in_order.view(-1, k, self.hidden_dim).sum(1).to(hidden_states.dtype)
+
+
+class Qwen3VLMoeTextTopKRouter(nn.Module):
+    """Chooses the k experts of every token; their shares add up to one."""
+
+    def __init__(self, config: Qwen3VLMoeTextConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens, hidden) to logits (tokens, experts), shares (tokens, k) and indices (tokens, k)."""
+        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        shares, indices = logits.softmax(dim=-1, dtype=torch.float).topk(self.top_k, dim=-1)
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+        return logits, shares.to(logits.dtype), indices
+
+
+class Qwen3VLMoeTextSparseMoeBlock(nn.Module):
+    def __init__(self, config: Qwen3VLMoeTextConfig):
+        super().__init__()
+        self.experts = Qwen3VLMoeTextExperts(config)
+        self.gate = Qwen3VLMoeTextTopKRouter(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, shares, indices = self.gate(flat)
+        return self.experts(flat, indices, shares).view_as(hidden_states)
+
+
+class Qwen3VLMoeTextDecoderLayer(Qwen3VLTextDecoderLayer):
+    def make_mlp(self, config: Qwen3VLMoeTextConfig, layer_idx: int) -> nn.Module:
+        sparse = config.num_experts > 0 and (layer_idx + 1) % config.decoder_sparse_step == 0
+        if sparse and layer_idx not in config.mlp_only_layers:
+            return Qwen3VLMoeTextSparseMoeBlock(config)
+        return Qwen3VLTextMLP(config)
+
+
+class Qwen3VLMoeTextModel(Qwen3VLTextModel):
+    """The sparse decoder without its head."""
+
+    config_class = Qwen3VLMoeTextConfig
+    _no_split_modules = ["Qwen3VLMoeTextDecoderLayer", "Qwen3VLVisionBlock"]
+    _can_record_outputs = {
+        "hidden_states": Qwen3VLMoeTextDecoderLayer,
+        "attentions": Qwen3VLAttention,
+        "router_logits": OutputRecorder(Qwen3VLMoeTextTopKRouter, index=0),
+    }
+    layer_class = Qwen3VLMoeTextDecoderLayer
+    output_class = MoeModelOutputWithPast
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_expert_weights(module, self.config.initializer_range)
+
+
+def init_expert_weights(module: nn.Module, std: float) -> None:
+    """Draws the weights of experts and routers, which are bare parameters that `transformers` does not know."""
+    if isinstance(module, Qwen3VLMoeTextExperts):
+        init.normal_(module.gate_up_proj, mean=0.0, std=std)
+        init.normal_(module.down_proj, mean=0.0, std=std)
+    elif isinstance(module, Qwen3VLMoeTextTopKRouter):
+        init.normal_(module.weight, mean=0.0, std=std)
+
+
+def load_balancing_loss(
+    router_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Auxiliary loss that is least when all experts get equal shares of tokens and probability.
+
+    Equations 4 to 6 of Switch Transformer (arXiv 2101.03961), over the tokens of all layers together.
+
+    Args:
+        router_logits: one (B * T, experts) tensor a sparse layer.
+        attention_mask (`torch.Tensor`, *optional*): (B, T); padding does not count.
+    Returns:
+        a scalar, `top_k` when perfectly balanced.
+    """
+    device = router_logits[0].device
+    rows = 1.0 if attention_mask is None else attention_mask.reshape(-1, 1).to(device, torch.float32)
+    chosen = torch.zeros(num_experts, device=device)
+    probability = torch.zeros(num_experts, device=device)
+    counted = torch.zeros((), device=device)
+    for logits in router_logits:
+        probabilities = logits.to(device).softmax(dim=-1)
+        picks = torch.zeros_like(probabilities, dtype=torch.float32)
+        picks.scatter_(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+        chosen = chosen + (picks * rows).sum(0)
+        probability = probability + (probabilities.float() * rows).sum(0)
+        counted = counted + (logits.shape[0] if attention_mask is None else rows.sum())
+    return num_experts * torch.sum(chosen / counted * (probability / counted))

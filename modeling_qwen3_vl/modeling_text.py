@@ -1,0 +1,320 @@
+"""The decoder: grouped-query attention with QK-norm, interleaved M-RoPE, SwiGLU, and DeepStack injection.
+
+Sources: Qwen3 Technical Report (arXiv 2505.09388), Qwen3-VL Technical Report (arXiv 2511.21631), DeepStack
+(arXiv 2406.04334).
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..configuration.configuration_qwen3_vl import Qwen3VLTextConfig
+from .modeling_base import Qwen3VLPreTrainedModel, eager_attention_forward, rotate_half
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class Qwen3VLTextRMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class Qwen3VLRotaryEmbedding(nn.Module):
+    """Cosines and sines of interleaved M-RoPE.
+
+    Every rotary frequency follows one of three axes. Height takes frequencies 1, 4, 7, ..., width 2, 5, 8, ..., up
+    to their share in `mrope_section`, and time takes the rest, so that each axis sees high and low frequencies.
+    """
+
+    def __init__(self, config: Qwen3VLTextConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.mrope_section = config.rope_parameters.get("mrope_section", [24, 20, 20])
+        compute = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            compute = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = compute(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse wavelengths (head_dim / 2,) in radians a position, and the factor on cosine and sine."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents).to(device), 1.0
+
+    def axis_of_frequency(self) -> list[int]:
+        """The axis (0 time, 1 height, 2 width) that each of the head_dim / 2 frequencies follows."""
+        axes = [0] * self.inv_freq.shape[0]
+        for axis in (1, 2):
+            for index in range(axis, min(3 * self.mrope_section[axis], len(axes)), 3):
+                axes[index] = axis
+        return axes
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Args:
+            x (`torch.Tensor`): gives device and dtype.
+            position_ids (`torch.Tensor`): (3, B, T), positions in time, height and width.
+        Returns:
+            cosine and sine, each (B, T, head_dim) in `x.dtype`.
+        """
+        axes = torch.tensor(self.axis_of_frequency(), device=x.device)
+        positions = position_ids.expand(3, -1, -1).permute(1, 2, 0).float()[..., axes]
+        angles = positions * self.inv_freq.to(device=x.device, dtype=torch.float)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((sin, sin), dim=-1).to(x.dtype)
+
+
+def apply_rotary_pos_emb(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates queries and keys.
+
+    Args:
+        q, k (`torch.Tensor`): (B, heads, T, D), or (B, T, heads, D) with `unsqueeze_dim=2`.
+        cos, sin (`torch.Tensor`): (B, T, D).
+        unsqueeze_dim (`int`): where the dimension of heads is put into `cos` and `sin`.
+    """
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+class Qwen3VLAttention(nn.Module):
+    """Causal self-attention; the implementation is looked up by name at every call (port 1)."""
+
+    def __init__(self, config: Qwen3VLTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        q_width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = Qwen3VLTextRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3VLTextRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Args:
+            hidden_states (`torch.Tensor`): (B, T, hidden size).
+            position_embeddings: cosine and sine of [`Qwen3VLRotaryEmbedding`].
+            attention_mask: what the mask function registered under the implementation's name returned.
+            past_key_values (`Cache`, *optional*): extended in place by the T new tokens.
+        Returns:
+            output (B, T, hidden size), and the attention weights if the implementation gives them.
+        """
+        shape = hidden_states.shape[:-1]
+        heads = (*shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+class Qwen3VLTextMLP(nn.Module):
+    """SwiGLU feed-forward layer."""
+
+    def __init__(self, config: Qwen3VLTextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Qwen3VLTextDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, config: Qwen3VLTextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Qwen3VLAttention(config, layer_idx)
+        self.mlp = self.make_mlp(config, layer_idx)
+        self.input_layernorm = Qwen3VLTextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3VLTextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def make_mlp(self, config: Qwen3VLTextConfig, layer_idx: int) -> nn.Module:
+        return Qwen3VLTextMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
+    """The decoder without its head."""
+
+    config_class = Qwen3VLTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": Qwen3VLTextDecoderLayer, "attentions": Qwen3VLAttention}
+    layer_class = Qwen3VLTextDecoderLayer
+    output_class = BaseModelOutputWithPast
+
+    def __init__(self, config: Qwen3VLTextConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(self.layer_class(config, index) for index in range(config.num_hidden_layers))
+        self.norm = Qwen3VLTextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3VLRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        visual_pos_masks: torch.Tensor | None = None,
+        deepstack_visual_embeds: list[torch.Tensor] | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPast:
+        """Args:
+        input_ids (`torch.LongTensor`, *optional*): (B, T). Either this or `inputs_embeds` (B, T, hidden size).
+        attention_mask (`torch.Tensor`, *optional*): (B, tokens seen + T), 1 for real tokens; or a prepared 4-D
+            mask, passed on as it is.
+        position_ids (`torch.LongTensor`, *optional*): (B, T); or (3, B, T) with time, height and width; or
+            (4, B, T) with plain positions in front, from which packed rows are told apart.
+        visual_pos_masks (`torch.Tensor`, *optional*): (B, T) boolean, true where a visual token stands.
+        deepstack_visual_embeds (`list[torch.Tensor]`, *optional*): one (visual tokens, hidden size) tensor for
+            each of the first layers, added to that layer's output.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        if use_cache and past_key_values is None and not torch.jit.is_tracing():
+            past_key_values = DynamicCache(config=self.config)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        text_position_ids, position_ids = self._split_positions(position_ids, inputs_embeds, past_key_values)
+        attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=text_position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        deepstack = deepstack_visual_embeds or []
+        visual_rows = visual_pos_masks.flatten().nonzero().squeeze(-1) if len(deepstack) else None
+        # Autograd and recorded hidden states need every layer's own output untouched.
+        keep_outputs = (
+            torch.is_grad_enabled() or kwargs.get("output_hidden_states") or self.config.output_hidden_states
+        )
+
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                position_ids=text_position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            if index < len(deepstack):
+                hidden_states = add_at_rows(hidden_states, visual_rows, deepstack[index], in_place=not keep_outputs)
+
+        return self.output_class(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _split_positions(self, position_ids, inputs_embeds, past_key_values):
+        """Plain positions (B, T) or `None`, and M-RoPE positions (3, B, T)."""
+        batch, length = inputs_embeds.shape[:2]
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).expand(batch, -1)
+        if position_ids.ndim == 2:
+            return position_ids, position_ids.expand(3, -1, -1)
+        if position_ids.shape[0] == 4:
+            return position_ids[0], position_ids[1:]
+        return None, position_ids
+
+
+def add_at_rows(
+    hidden_states: torch.Tensor, rows: torch.Tensor, features: torch.Tensor, in_place: bool
+) -> torch.Tensor:
+    """Adds `features` (R, H) to the R `rows` of `hidden_states` (B, T, H), counted over batch and time."""
+    rows = rows.to(hidden_states.device)
+    features = features.to(hidden_states.device, hidden_states.dtype)
+    flat = hidden_states.view(-1, hidden_states.shape[-1])
+    if in_place:
+        flat.index_add_(0, rows, features)
+        return hidden_states
+    return flat.index_add(0, rows, features).view_as(hidden_states)

@@ -1,0 +1,99 @@
+"""The techniques that a profile can name, and the ports of the model through which they act.
+
+A technique is one class in one file of this room. It joins by a line in `TECHNIQUES`; nothing else changes. With
+`config.optim` unset no technique is active and the model is the plain one.
+"""
+
+from abc import ABC, abstractmethod
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+
+PRESETS: dict[str, tuple[str, ...]] = {"minimal": (), "balanced": (), "aggressive": ()}
+
+
+class Technique(ABC):
+    """Something that makes a model faster or smaller and can be taken off again.
+
+    `apply` followed by `revert` leaves the logits bit-identical. A technique for the cache port overrides
+    `make_cache`, one for the visual-token port `plan_visual_tokens`; `None` from either means "not mine".
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+
+    def __init__(self, **settings: Any):
+        self.settings = settings
+
+    @abstractmethod
+    def apply(self, model) -> None:
+        """Changes `model` in place."""
+
+    @abstractmethod
+    def revert(self, model) -> None:
+        """Undoes `apply`."""
+
+    def make_cache(self, model, batch_size: int, max_length: int):
+        """A `transformers` `Cache` for `batch_size` rows of at most `max_length` tokens, or `None`."""
+        return None
+
+    def plan_visual_tokens(self, model, input_ids, encoder_outputs: dict):
+        """Encoder outputs with fewer visual tokens, or `None`."""
+        return None
+
+
+TECHNIQUES: dict[str, type[Technique]] = {}
+
+
+def active_techniques(optim: dict | str | None) -> list[Technique]:
+    """The techniques that a profile names, in its order.
+
+    Args:
+        optim (`dict` or `str`, *optional*): a preset's name, or `{technique name: settings}`.
+    Raises:
+        ValueError: for a preset or technique that does not exist; the nearest known name is suggested.
+        TypeError: if `optim` is neither a string, a dictionary nor `None`.
+    """
+    if optim is None:
+        return []
+    if isinstance(optim, str):
+        _require_known(optim, PRESETS, "preset")
+        optim = {name: {} for name in PRESETS[optim]}
+    if not isinstance(optim, dict):
+        raise TypeError(f"optim must be a preset's name, a dictionary or None, got {type(optim).__name__}.")
+    for name in optim:
+        _require_known(name, TECHNIQUES, "technique")
+    return [TECHNIQUES[name](**(settings or {})) for name, settings in optim.items()]
+
+
+def apply_techniques(model) -> list[Technique]:
+    """Applies what `model.config.optim` names (port 4); called at the end of `from_pretrained`."""
+    techniques = active_techniques(getattr(model.config, "optim", None))
+    for technique in techniques:
+        technique.apply(model)
+    return techniques
+
+
+def cache_from_profile(model, batch_size: int, max_length: int):
+    """The cache that the model's profile asks for (port 2), or `None` for the stock one."""
+    for technique in active_techniques(getattr(model.config, "optim", None)):
+        cache = technique.make_cache(model, batch_size, max_length)
+        if cache is not None:
+            return cache
+    return None
+
+
+def visual_tokens_from_profile(model, input_ids, encoder_outputs: dict) -> dict:
+    """Encoder outputs after the profile's visual-token reduction (port 3); unchanged where it names none."""
+    for technique in active_techniques(getattr(model.config, "optim", None)):
+        reduced = technique.plan_visual_tokens(model, input_ids, encoder_outputs)
+        encoder_outputs = encoder_outputs if reduced is None else reduced
+    return encoder_outputs
+
+
+def _require_known(name: str, known: dict, kind: str) -> None:
+    if name in known:
+        return
+    nearest = get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known) or 'none yet'}."
+    raise ValueError(f"optim names an unknown {kind} {name!r}{hint}")
