@@ -82,8 +82,8 @@ FAMILIES = {
     ),
     "qwen3_vl_moe": Family(
         Entry("configuration", "configuration_qwen3_vl_moe", "Qwen3VLMoeConfig"),
-        Entry("modeling_qwen3_vl", "modeling_qwen3_vl_moe", "Qwen3VLMoeModel"),
-        Entry("modeling_qwen3_vl", "modeling_qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
+        Entry("modeling_qwen3_vl", "modeling_qwen3_vl", "Qwen3VLMoeModel"),
+        Entry("modeling_qwen3_vl", "modeling_qwen3_vl", "Qwen3VLMoeForConditionalGeneration"),
     ),
 }
 
@@ -147,6 +147,7 @@ def export_hub_folder(
     """
     output = Path(output_dir)
     if not isinstance(model_or_path, (str, Path)):
+        _family(model_or_path.config)  # before anything is cleared
         _clear_target(output)
         _save_loaded_model(model_or_path, output, max_shard_size)
     else:
@@ -379,7 +380,15 @@ def _load_config(folder: Path) -> Any:
     family = FAMILIES[model_type]
     config = _load_class(family.config).from_pretrained(folder)
     config.architectures = config.architectures or [family.generation.name]
+    _fill_dtypes(config, config.dtype)
     return config
+
+
+def _fill_dtypes(config: Any, dtype: Any) -> None:
+    """Gives the parts of a configuration a dtype, as loading the model does; else the next save would differ."""
+    for name in config.sub_configs:
+        part = getattr(config, name)
+        part.dtype = part.dtype or dtype
 
 
 def _load_processor(folder: Path) -> Any | None:
@@ -434,8 +443,16 @@ def _clear_target(output: Path) -> None:
 
 def _save_loaded_model(model: Any, output: Path, max_shard_size: str | int) -> None:
     config = model.config
-    save_code_files(output, config)
-    model.save_pretrained(output, max_shard_size=max_shard_size)
+    before = {name: value for name, value in vars(config).items() if name in ("auto_map", "custom_pipelines")}
+    try:
+        save_code_files(output, config)
+        _fill_dtypes(config, model.dtype)
+        model.save_pretrained(output, max_shard_size=max_shard_size)
+    finally:
+        # A later plain save of this model must not name code that it does not write.
+        for name in ("auto_map", "custom_pipelines"):
+            vars(config).pop(name, None)
+        vars(config).update(before)
 
 
 def _copy_checkpoint(source: Path, output: Path, config: Any) -> None:

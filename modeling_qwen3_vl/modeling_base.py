@@ -65,9 +65,9 @@ class Qwen3VLPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves as `transformers` does; a model that came from a `trust_remote_code` folder keeps its code files."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if getattr(self.config, "auto_map", None):
+        if getattr(self.config, "auto_map", None) and kwargs.get("is_main_process", True):
             save_code_files(save_directory, self.config)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def _first_unreadable_shard(folder) -> str:

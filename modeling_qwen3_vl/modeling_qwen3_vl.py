@@ -23,6 +23,7 @@ from .mrope_qwen3_vl import (
     compute_mrope_positions,
     forget_positions_after,
     next_position,
+    next_positions_seen,
     remember_positions,
     token_types,
 )
@@ -220,25 +221,26 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
         `position_ids` with them.
         """
         batch, length = inputs_embeds.shape[:2]
-        base = None if past_key_values is None else next_position(past_key_values, int(seen), batch)
+        visual = input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None)
+        noted = past_key_values is not None and next_positions_seen(past_key_values) is not None
+        if not visual and not noted:
+            return None
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         new_mask = None if mask is None else mask[:, mask.shape[1] - length :]
-        if input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None):
+        base = next_position(past_key_values, int(seen), batch) if noted else None
+        if visual:
             if mm_token_type_ids is not None:
                 mm_token_type_ids = mm_token_type_ids[:, mm_token_type_ids.shape[1] - length :]
-            positions, _ = self.get_rope_index(input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, new_mask)
-            if base is None and int(seen):
-                base = (mask[:, : mask.shape[1] - length].sum(1) if mask is not None else seen) + positions.new_zeros(
-                    batch
-                )
-                base = base[:, None]
-            return positions if base is None else positions + base.to(positions.device)
-        if base is None:
+            steps, _ = self.get_rope_index(input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, new_mask)
+        elif base is None:
             return None
-        steps = torch.arange(length, device=base.device)[None]
-        if new_mask is not None:
-            steps = (new_mask.long().cumsum(1) - 1).clamp(min=0).to(base.device)
-        return (base + steps).expand(3, -1, -1).to(inputs_embeds.device)
+        else:
+            steps = torch.arange(length, device=base.device).expand(3, batch, -1)
+            if new_mask is not None:
+                steps = (new_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+        if base is None:  # whatever the cache holds is text
+            base = steps.new_full((batch, 1), int(seen)) if mask is None else mask[:, :-length].sum(1, keepdim=True)
+        return (steps + base.to(steps.device)).to(inputs_embeds.device)
 
     def _remember_positions(self, cache, seen: int, position_ids, saw_pictures: bool) -> None:
         if position_ids is not None and position_ids.ndim == 3 and (saw_pictures or not seen):
