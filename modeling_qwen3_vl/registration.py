@@ -69,6 +69,7 @@ def register() -> None:
     hook = _AfterImport({name: action for name, action in actions.items() if name not in sys.modules})
     sys.meta_path.insert(0, hook)
     _undo.append(lambda: sys.meta_path.remove(hook))
+    _uncover_video_processor()
     for name, action in actions.items():
         if name in sys.modules:
             action(sys.modules[name])
@@ -120,10 +121,26 @@ def _register_processor(module) -> None:
     _undo.append(lambda: setattr(auto_class, "from_pretrained", stock))
 
 
+def _uncover_video_processor() -> None:
+    """Without torchvision, `transformers.AutoVideoProcessor` is a stand-in that refuses every use; ours needs none."""
+    name, library = "AutoVideoProcessor", importlib.import_module("transformers")
+    missing = getattr(library, "_object_missing_backend", {})
+    if name not in missing:
+        return
+    backends, stand_in = missing.pop(name), vars(library).pop(name, None)
+
+    def cover_again():
+        missing[name] = backends
+        vars(library).pop(name, None)
+        if stand_in is not None:
+            setattr(library, name, stand_in)
+
+    _undo.append(cover_again)
+
+
 def _register_pipelines(module) -> None:
     pipelines = importlib.import_module(f"{_PACKAGE}.inference.pipeline_registration")
-    pipelines.register_pipelines()
-    _undo.append(pipelines.unregister_pipelines)
+    _undo.append(pipelines.register_pipelines(module))
 
 
 def is_qwen3_vl(name_or_path, kwargs: dict) -> bool:
