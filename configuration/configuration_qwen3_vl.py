@@ -140,3 +140,9 @@ class Qwen3VLConfig(PreTrainedConfig):
         if isinstance(self.vision_config, dict) and self.vision_config.get("model_type") == self.model_type:
             self.vision_config = {**self.vision_config, "model_type": f"{self.model_type}_vision"}
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        values = super().to_dict()
+        if values.get("optim") is None:  # so that the plain model's file is the stock one
+            values.pop("optim", None)
+        return values

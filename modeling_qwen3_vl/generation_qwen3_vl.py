@@ -8,10 +8,8 @@ import torch
 from transformers.generation import GenerationMixin
 
 from ..optim.registry_optim import cache_from_profile, visual_tokens_from_profile
-from .mrope_qwen3_vl import IMAGE, VIDEO, compute_mrope_positions, next_position, token_types
-
-
-PIXELS_AND_GRID = {IMAGE: ("pixel_values", "image_grid_thw"), VIDEO: ("pixel_values_videos", "video_grid_thw")}
+from .conversation_qwen3_vl import drop_cached_pictures, tokens_in_cache, uncached_ids
+from .mrope_qwen3_vl import compute_mrope_positions, next_position, token_types
 
 
 class Qwen3VLGenerationMixin(GenerationMixin):
@@ -25,11 +23,11 @@ class Qwen3VLGenerationMixin(GenerationMixin):
         plain = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         ids = model_kwargs.get("input_ids")
         ids = inputs_tensor if ids is None or ids.shape[1] == 0 else ids
-        seen = tokens_in_cache(model_kwargs)
+        seen = tokens_in_cache(model_kwargs.get("past_key_values"))
         if ids.ndim != 2 or ids.is_floating_point():
             return self._continue_text(plain, seen, model_kwargs)
 
-        new_ids = uncached_ids(ids, seen, model_kwargs)
+        new_ids = uncached_ids(ids, seen, model_kwargs.get("attention_mask"))
         # This hook runs first and sees the whole conversation; from here on only new pictures are left.
         drop_cached_pictures(self.config, ids, new_ids, model_kwargs)
         image_grids, video_grids = model_kwargs.get("image_grid_thw"), model_kwargs.get("video_grid_thw")
@@ -37,8 +35,10 @@ class Qwen3VLGenerationMixin(GenerationMixin):
             return self._continue_text(plain, seen, model_kwargs)
 
         types = model_kwargs.get("mm_token_type_ids")
-        if types is None or types.shape[1] < new_ids.shape[1]:
+        if types is None:
             types = token_types(ids, self.config.image_token_id, self.config.video_token_id)
+            # `generate()` marks what it adds as text, so a placeholder that the model writes is never taken for one.
+            model_kwargs["mm_token_type_ids"] = types
         mask = model_kwargs.get("attention_mask")
         new = new_ids.shape[1]
         positions, _ = compute_mrope_positions(
@@ -83,7 +83,8 @@ class Qwen3VLGenerationMixin(GenerationMixin):
         if encoded and expand_size > 1:
             ids = input_ids
             if ids is not None and ids.shape[1]:
-                ids = uncached_ids(ids, tokens_in_cache(model_kwargs), model_kwargs)
+                seen = tokens_in_cache(model_kwargs.get("past_key_values"))
+                ids = uncached_ids(ids, seen, model_kwargs.get("attention_mask"))
             encoded = self._expand_multimodal_outputs(
                 ids, encoded, expand_size=expand_size, inputs_embeds=model_kwargs.get("inputs_embeds")
             )
@@ -108,56 +109,3 @@ class Qwen3VLGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-
-
-def tokens_in_cache(model_kwargs: dict) -> int:
-    """Tokens that the caller's cache has seen; 0 without one."""
-    cache = model_kwargs.get("past_key_values")
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def uncached_ids(ids: torch.Tensor, seen: int, model_kwargs: dict) -> torch.Tensor:
-    """The part of `ids` that the cache does not hold; a caller may pass the whole conversation or the new part."""
-    mask = model_kwargs.get("attention_mask")
-    only_new = mask is not None and mask.shape[1] > ids.shape[1]
-    return ids if only_new else ids[:, seen:]
-
-
-def drop_cached_pictures(config, ids: torch.Tensor, new_ids: torch.Tensor, model_kwargs: dict) -> None:
-    """Removes, in place, the pictures and videos that the cache has seen, so that they are not encoded again.
-
-    Raises:
-        ValueError: if the pictures are neither those of the whole conversation nor those of its new part, or if the
-            cache ends inside one.
-    """
-    tokens_per_patch = config.vision_config.spatial_merge_size**2
-    for modality, (pixels_key, grid_key) in PIXELS_AND_GRID.items():
-        grids = model_kwargs.get(grid_key)
-        if grids is None:
-            continue
-        placeholder = config.image_token_id if modality == IMAGE else config.video_token_id
-        needed_new = int((new_ids == placeholder).sum())
-        sizes = grids.prod(-1) // tokens_per_patch
-        if int(sizes.sum()) == needed_new:
-            continue
-        where = (ids == placeholder).flatten().nonzero().squeeze(-1)
-        if int(sizes.sum()) != len(where):
-            raise ValueError(
-                f"{grid_key} describes {int(sizes.sum())} placeholder tokens, but the conversation holds "
-                f"{len(where)} and its new part {needed_new}; pass the pictures of either."
-            )
-        cached_length = ids.shape[1] - new_ids.shape[1]
-        ends = sizes.cumsum(0)
-        is_new = where.to(sizes.device)[ends - sizes] % ids.shape[1] >= cached_length
-        if int(sizes[is_new].sum()) != needed_new:
-            raise ValueError(
-                f"the cache ends after {cached_length} tokens, inside a picture or video; crop it to where one starts."
-            )
-        patches = torch.repeat_interleave(is_new.cpu(), grids.prod(-1).cpu())
-        if not bool(is_new.any()):
-            model_kwargs.pop(grid_key)
-            model_kwargs.pop(pixels_key, None)
-            continue
-        model_kwargs[grid_key] = grids[is_new]
-        if model_kwargs.get(pixels_key) is not None:
-            model_kwargs[pixels_key] = model_kwargs[pixels_key][patches]

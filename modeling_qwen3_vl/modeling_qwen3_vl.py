@@ -14,12 +14,16 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_qwen3_vl import Qwen3VLConfig
 from ..configuration.configuration_qwen3_vl_moe import Qwen3VLMoeConfig, Qwen3VLMoeVisionConfig
+from .conversation_qwen3_vl import drop_cached_pictures, is_whole_conversation, tokens_in_cache
 from .generation_qwen3_vl import Qwen3VLGenerationMixin
 from .modeling_base import Qwen3VLPreTrainedModel, Qwen3VLVisionOutput
 from .modeling_moe import Qwen3VLMoeTextModel, init_expert_weights, load_balancing_loss
 from .modeling_text import Qwen3VLTextModel
 from .modeling_vision import Qwen3VLVisionModel
 from .mrope_qwen3_vl import (
+    IMAGE,
+    VIDEO,
+    check_grids,
     compute_mrope_positions,
     forget_positions_after,
     next_position,
@@ -112,8 +116,9 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
         **kwargs,
     ) -> tuple | BaseModelOutputWithPast:
         """Args:
-            input_ids (`torch.LongTensor`, *optional*): (B, T), only the tokens that the cache has not seen, with one
-                placeholder for every visual token. Either this or `inputs_embeds`.
+            input_ids (`torch.LongTensor`, *optional*): (B, T), the tokens that the cache has not seen, with one
+                placeholder for every visual token. Either this or `inputs_embeds`. With a mask of their own length
+                they are the whole conversation: what the cache holds, its pictures too, is left out first.
             attention_mask (`torch.Tensor`, *optional*): (B, tokens seen + T), 1 for real tokens.
             position_ids (`torch.LongTensor`, *optional*): (3, B, T) M-RoPE positions, or (4, B, T) with plain
                 positions in front (packed rows start at 0 there). By default made from the grids and the cache.
@@ -128,30 +133,32 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
             TypeError: for ids or pixels of a wrong dtype.
         """
         self._check_inputs(input_ids, inputs_embeds, pixel_values, pixel_values_videos, mm_encoder_outputs)
-        encoded = dict(mm_encoder_outputs or {})
-        if pixel_values is not None:
-            encoded["image"] = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
-        if pixel_values_videos is not None:
-            encoded["video"] = self.get_video_features(pixel_values_videos, video_grid_thw, return_dict=True)
-        encoded = {modality: output for modality, output in encoded.items() if output is not None}
+        pictures = {
+            "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos,
+            "image_grid_thw": image_grid_thw,
+            "video_grid_thw": video_grid_thw,
+        }
+        pictures = {name: value for name, value in pictures.items() if value is not None}
+        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        # A decoding step with positions given notes none, so that it need not ask the device how full the cache is.
+        noting = not torch.compiler.is_compiling() and (position_ids is None or length > 1)
+        seen = tokens_in_cache(past_key_values) if noting else 0
+        if seen and is_whole_conversation(input_ids, attention_mask, seen):
+            drop_cached_pictures(self.config, input_ids, input_ids[:, seen:], pictures)
+            input_ids = input_ids[:, seen:]
 
+        encoded = self._encode(pictures, mm_encoder_outputs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         visual_mask, deepstack = None, None
         if encoded:
-            inputs_embeds, visual_mask, deepstack = self._place_features(input_ids, inputs_embeds, encoded)
-
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            inputs_embeds, visual_mask, deepstack = self._place_features(
+                encoded, input_ids, inputs_embeds, mm_token_type_ids
+            )
         if position_ids is None:
             position_ids = self._make_positions(
-                input_ids,
-                inputs_embeds,
-                mm_token_type_ids,
-                image_grid_thw,
-                video_grid_thw,
-                attention_mask,
-                past_key_values,
-                seen,
+                input_ids, inputs_embeds, mm_token_type_ids, pictures, attention_mask, past_key_values, seen
             )
         outputs = self.language_model(
             position_ids=position_ids,
@@ -162,22 +169,41 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
             deepstack_visual_embeds=deepstack,
             **kwargs,
         )
-        if outputs.past_key_values is not None and not torch.compiler.is_compiling():
-            self._remember_positions(outputs.past_key_values, int(seen), position_ids, bool(encoded))
+        if outputs.past_key_values is not None and noting:
+            if position_ids is not None and (encoded or not seen):
+                remember_positions(outputs.past_key_values, seen, position_ids[-3:])
+            else:
+                forget_positions_after(outputs.past_key_values, seen)
         return outputs
 
-    def _place_features(self, input_ids, inputs_embeds, encoded):
+    def _encode(self, pictures: dict, mm_encoder_outputs: dict | None) -> dict[str, Qwen3VLVisionOutput]:
+        """The tower's outputs under "image" and "video", as far as there are any."""
+        encoded = {name: output for name, output in (mm_encoder_outputs or {}).items() if output is not None}
+        if "pixel_values" in pictures:
+            encoded["image"] = self.get_image_features(
+                pictures["pixel_values"], pictures.get("image_grid_thw"), return_dict=True
+            )
+        if "pixel_values_videos" in pictures:
+            encoded["video"] = self.get_video_features(
+                pictures["pixel_values_videos"], pictures.get("video_grid_thw"), return_dict=True
+            )
+        return encoded
+
+    def _place_features(self, encoded, input_ids, inputs_embeds, mm_token_type_ids):
         """Puts visual features where their placeholders stand.
 
         Returns the embeddings, where visual tokens are (B, T), and per DeepStack level (visual tokens, hidden size)
         in the order of those places.
         """
-        width = inputs_embeds.shape[-1]
         features = {name: torch.cat(tuple(output.pooler_output)) for name, output in encoded.items()}
-        rows = {name: self._placeholder_rows(name, input_ids, inputs_embeds, len(x)) for name, x in features.items()}
-        rows = torch.cat(tuple(rows.values()))
+        rows = torch.cat(
+            [
+                self._placeholder_rows(name, input_ids, inputs_embeds, mm_token_type_ids, len(of_modality))
+                for name, of_modality in features.items()
+            ]
+        )
         features = torch.cat(tuple(features.values())).to(inputs_embeds.device, inputs_embeds.dtype)
-        flat = inputs_embeds.reshape(-1, width)
+        flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
         inputs_embeds = flat.index_copy(0, rows, features).view_as(inputs_embeds)
 
         visual_mask = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
@@ -189,14 +215,18 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
             deepstack = [level[order.to(level.device)] for level in deepstack]
         return inputs_embeds, visual_mask.view(inputs_embeds.shape[:2]), deepstack
 
-    def _placeholder_rows(self, modality: str, input_ids, inputs_embeds, features: int) -> torch.Tensor:
+    def _placeholder_rows(self, modality, input_ids, inputs_embeds, mm_token_type_ids, features: int) -> torch.Tensor:
         token_id = getattr(self.config, f"{modality}_token_id")
         if input_ids is None:
             embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
             mask = (inputs_embeds == embedding).all(-1)
         else:
-            mask = (input_ids == token_id).to(inputs_embeds.device)
-        rows = mask.flatten().nonzero().squeeze(-1)
+            mask = input_ids == token_id
+        rows = mask.to(inputs_embeds.device).flatten().nonzero().squeeze(-1)
+        if len(rows) != features and mm_token_type_ids is not None and mm_token_type_ids.shape[1] >= mask.shape[1]:
+            # Without a cache the model's own answer comes back as input: what it wrote there is text, whatever its id.
+            marked = mm_token_type_ids[:, -mask.shape[1] :] == (IMAGE if modality == "image" else VIDEO)
+            rows = marked.to(inputs_embeds.device).flatten().nonzero().squeeze(-1)
         if len(rows) != features:
             raise ValueError(
                 f"the input holds {len(rows)} {modality} placeholder tokens but the {modality}s gave {features} "
@@ -205,15 +235,7 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
         return rows
 
     def _make_positions(
-        self,
-        input_ids,
-        inputs_embeds,
-        mm_token_type_ids,
-        image_grid_thw,
-        video_grid_thw,
-        attention_mask,
-        past_key_values,
-        seen,
+        self, input_ids, inputs_embeds, mm_token_type_ids, pictures, attention_mask, past_key_values, seen
     ) -> torch.Tensor | None:
         """M-RoPE positions (3, B, T) of the new tokens, or `None` where nothing visual is known.
 
@@ -221,32 +243,29 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
         `position_ids` with them.
         """
         batch, length = inputs_embeds.shape[:2]
-        visual = input_ids is not None and (image_grid_thw is not None or video_grid_thw is not None)
+        grids = pictures.get("image_grid_thw"), pictures.get("video_grid_thw")
+        visual = input_ids is not None and any(grid is not None for grid in grids)
         noted = past_key_values is not None and next_positions_seen(past_key_values) is not None
-        if not visual and not noted:
+        base = next_position(past_key_values, seen, batch) if noted else None
+        if not visual and base is None:
             return None
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         new_mask = None if mask is None else mask[:, mask.shape[1] - length :]
-        base = next_position(past_key_values, int(seen), batch) if noted else None
         if visual:
             if mm_token_type_ids is not None:
-                mm_token_type_ids = mm_token_type_ids[:, mm_token_type_ids.shape[1] - length :]
-            steps, _ = self.get_rope_index(input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, new_mask)
-        elif base is None:
-            return None
+                if mm_token_type_ids.shape[1] < length:
+                    raise ValueError(
+                        f"mm_token_type_ids covers {mm_token_type_ids.shape[1]} tokens but the input has {length}; "
+                        "pass one type a token, or leave it out."
+                    )
+                mm_token_type_ids = mm_token_type_ids[:, -length:]
+            steps, _ = self.get_rope_index(input_ids, mm_token_type_ids, *grids, new_mask)
+        elif new_mask is not None:
+            steps = (new_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
         else:
             steps = torch.arange(length, device=base.device).expand(3, batch, -1)
-            if new_mask is not None:
-                steps = (new_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
-        if base is None:  # whatever the cache holds is text
-            base = steps.new_full((batch, 1), int(seen)) if mask is None else mask[:, :-length].sum(1, keepdim=True)
-        return (steps + base.to(steps.device)).to(inputs_embeds.device)
-
-    def _remember_positions(self, cache, seen: int, position_ids, saw_pictures: bool) -> None:
-        if position_ids is not None and position_ids.ndim == 3 and (saw_pictures or not seen):
-            remember_positions(cache, seen, position_ids[-3:])
-        else:
-            forget_positions_after(cache, seen)
+        # Without a note, what the cache holds is text that took one position a token.
+        return (steps + (seen if base is None else base.to(steps.device))).to(inputs_embeds.device)
 
     def _check_inputs(self, input_ids, inputs_embeds, pixel_values, pixel_values_videos, mm_encoder_outputs) -> None:
         if (input_ids is None) == (inputs_embeds is None):
@@ -264,6 +283,14 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
     def _check_pixels(self, pixels: torch.Tensor, grids: torch.Tensor | None) -> None:
         if grids is None:
             raise ValueError("pixel values came without a grid; pass image_grid_thw (or video_grid_thw) beside them.")
+        check_grids(grids, "image_grid_thw or video_grid_thw")
+        vision = self.config.vision_config
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        if pixels.ndim != 2 or pixels.shape[1] != width:
+            raise ValueError(
+                f"pixel values must be flat patches of shape (patches, {width}), got {tuple(pixels.shape)}; "
+                "use the processor."
+            )
         if not pixels.is_floating_point():
             raise TypeError(
                 f"pixel values must be floating-point normalised patches, got {pixels.dtype}; use the processor."
@@ -367,6 +394,11 @@ class Qwen3VLMoePreTrainedModel(Qwen3VLPreTrainedModel):
 
     config_class = Qwen3VLMoeConfig
     _no_split_modules = ["Qwen3VLMoeTextDecoderLayer", "Qwen3VLVisionBlock"]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # `transformers` searches the source of the class's own module, but the experts live in `modeling_moe`.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -6,6 +6,8 @@ a picture, positions run behind the count of tokens. Source: Qwen2-VL (arXiv 240
 every video frame stands alone behind a time stamp in text (arXiv 2511.21631).
 """
 
+from functools import cache as remember_result
+
 import torch
 
 
@@ -22,6 +24,17 @@ def split_video_frames(video_grid_thw: torch.Tensor) -> torch.Tensor:
     """(videos, 3) grids to one grid a frame, as frames stand alone in the text."""
     frames = torch.repeat_interleave(video_grid_thw, video_grid_thw[:, 0], dim=0)
     return torch.cat((torch.ones_like(frames[:, :1]), frames[:, 1:]), dim=1)
+
+
+def check_grids(grids: torch.Tensor, name: str) -> None:
+    """Raises a `ValueError` unless `grids` is (pictures, 3) with positive whole numbers."""
+    if grids.ndim != 2 or grids.shape[1] != 3 or grids.is_floating_point():
+        raise ValueError(
+            f"{name} must be whole numbers of shape (pictures, 3): patches in time, height and width of each; "
+            f"got {grids.dtype} of shape {tuple(grids.shape)}."
+        )
+    if len(grids) == 0 or int(grids.min()) < 1:
+        raise ValueError(f"{name} must hold at least one grid and positive numbers, got {grids.tolist()}.")
 
 
 def compute_mrope_positions(
@@ -43,6 +56,9 @@ def compute_mrope_positions(
     Raises:
         ValueError: if the placeholders of a modality are not those that its grids call for.
     """
+    for name, grids in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw)):
+        if grids is not None:
+            check_grids(grids, name)
     real = torch.ones_like(mm_token_type_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     types = torch.where(real, mm_token_type_ids, TEXT)
     advance = (real & (types == TEXT)).long()
@@ -105,9 +121,9 @@ def remember_positions(cache, start: int, position_ids: torch.Tensor) -> None:
     Args:
         cache (`Cache`): any; read again by [`next_position`].
         start (`int`): tokens that the cache had seen before these.
-        position_ids (`torch.Tensor`): (3, B, T).
+        position_ids (`torch.Tensor`): (3, B, T), or (B, T) for plain ones.
     """
-    latest = position_ids.amax(0).cummax(1).values + 1
+    latest = (position_ids.amax(0) if position_ids.ndim == 3 else position_ids).cummax(1).values + 1
     earlier = next_positions_seen(cache)
     if start and earlier is not None:
         held = earlier[:, :start]
@@ -121,6 +137,39 @@ def remember_positions(cache, start: int, position_ids: torch.Tensor) -> None:
         plain = torch.arange(1, start + 1, device=latest.device).expand(latest.shape[0], -1)
         latest = torch.cat((plain, latest), dim=1)
     setattr(cache, _STATE, latest)
+    if not getattr(cache, "positions_follow_rows", False) and bool((latest != latest[:1]).any()):
+        cache.__class__ = _following_rows(type(cache))
+
+
+class PositionsFollowRows:
+    """Put in front of a cache's class while its rows have come differently far, so that the note moves with them.
+
+    A plain cache offers no hook for this, and a note that stayed behind would give silently wrong positions.
+    """
+
+    positions_follow_rows = True
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._take_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._take_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        noted = next_positions_seen(self)
+        setattr(self, _STATE, None if noted is None else noted.repeat_interleave(repeats, dim=0))
+
+    def _take_rows(self, rows: torch.Tensor) -> None:
+        noted = next_positions_seen(self)
+        setattr(self, _STATE, None if noted is None else noted[rows.to(noted.device)])
+
+
+@remember_result
+def _following_rows(cache_class: type) -> type:
+    return type(cache_class.__name__, (PositionsFollowRows, cache_class), {"__module__": cache_class.__module__})
 
 
 def next_positions_seen(cache) -> torch.Tensor | None:

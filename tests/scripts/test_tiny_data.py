@@ -1,4 +1,4 @@
-"""The data of the tiny checkpoint: right answers, fixed seeds, and training sets that share nothing with held-out ones."""
+"""The data of the tiny checkpoint: right answers, fixed seeds, and sets that share nothing with held-out ones."""
 
 import math
 import sys
@@ -230,3 +230,30 @@ def test_evaluation_set_covers_lengths_and_classes(material):
     assert min(lengths) <= 2 and max(lengths) >= 11
     names = {sample.meta["name"] for sample in data_evaluation.evaluation_set("emoji_twemoji", material, 60)}
     assert len(names) > 50
+
+
+def test_letter_frames_follow_the_drawn_letters(material, rng):
+    from tiny.auxiliary_tiny import BLANK, frame_labels
+
+    sample = data_tasks.text_sample(rng, material, "train", (32, 256), 8)
+    text = sample.turns[0][1]
+    frames = frame_labels(text, sample.meta["letters"])
+    assert frames.shape == (32,)
+    read = [data_tasks.TEXT_ALPHABET[label] for label in frames if label != BLANK]
+    assert set(read) <= set(text)
+    # Letters come in the order of the text; a narrow one may fall between two frames.
+    places = [int(index) for index in sample.meta["letters"] if index >= 0]
+    assert places == sorted(places) and places[-1] == len(text) - 1
+
+
+def test_scene_labels_name_the_patch_under_each_object():
+    from tiny.auxiliary_tiny import scene_labels
+
+    labels = scene_labels(scene(("heart", "white", 40, 8)), 64)
+    shapes, colours = len(data_draw.SHAPES), len(data_draw.COLOURS)
+    assert labels.shape == (16, 2)
+    named = labels[labels[:, 0] != shapes]
+    assert named.tolist() == [[data_draw.SHAPES.index("heart"), list(data_draw.COLOURS).index("white")]]
+    # Merge order: the third patch of the first row is the first patch of the second block.
+    assert labels[4, 0] == data_draw.SHAPES.index("heart")
+    assert (labels[labels[:, 0] == shapes, 1] == colours).all()
