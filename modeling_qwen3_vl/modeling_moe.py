@@ -96,11 +96,32 @@ class Qwen3VLMoeTextDecoderLayer(Qwen3VLTextDecoderLayer):
         return Qwen3VLTextMLP(config)
 
 
-class Qwen3VLMoeTextModel(Qwen3VLTextModel):
+class HoldsExperts:
+    """What `transformers` asks of every class with experts inside, in front of its dense counterpart."""
+
+    _no_split_modules = ["Qwen3VLMoeTextDecoderLayer", "Qwen3VLVisionBlock"]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Stock searches the source of the class's own module and inherits what it found for the dense parent.
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Also draws the weights of experts and routers, which are bare parameters that stock does not know."""
+        super()._init_weights(module)
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, Qwen3VLMoeTextExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Qwen3VLMoeTextTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+
+class Qwen3VLMoeTextModel(HoldsExperts, Qwen3VLTextModel):
     """The sparse decoder without its head."""
 
     config_class = Qwen3VLMoeTextConfig
-    _no_split_modules = ["Qwen3VLMoeTextDecoderLayer", "Qwen3VLVisionBlock"]
     _can_record_outputs = {
         "hidden_states": Qwen3VLMoeTextDecoderLayer,
         "attentions": Qwen3VLAttention,
@@ -108,20 +129,6 @@ class Qwen3VLMoeTextModel(Qwen3VLTextModel):
     }
     layer_class = Qwen3VLMoeTextDecoderLayer
     output_class = MoeModelOutputWithPast
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        init_expert_weights(module, self.config.initializer_range)
-
-
-def init_expert_weights(module: nn.Module, std: float) -> None:
-    """Draws the weights of experts and routers, which are bare parameters that `transformers` does not know."""
-    if isinstance(module, Qwen3VLMoeTextExperts):
-        init.normal_(module.gate_up_proj, mean=0.0, std=std)
-        init.normal_(module.down_proj, mean=0.0, std=std)
-    elif isinstance(module, Qwen3VLMoeTextTopKRouter):
-        init.normal_(module.weight, mean=0.0, std=std)
 
 
 def load_balancing_loss(

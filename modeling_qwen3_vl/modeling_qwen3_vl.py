@@ -17,7 +17,7 @@ from ..configuration.configuration_qwen3_vl_moe import Qwen3VLMoeConfig, Qwen3VL
 from .conversation_qwen3_vl import drop_cached_pictures, is_whole_conversation, tokens_in_cache
 from .generation_qwen3_vl import Qwen3VLGenerationMixin
 from .modeling_base import Qwen3VLPreTrainedModel, Qwen3VLVisionOutput
-from .modeling_moe import Qwen3VLMoeTextModel, init_expert_weights, load_balancing_loss
+from .modeling_moe import HoldsExperts, Qwen3VLMoeTextModel, load_balancing_loss
 from .modeling_text import Qwen3VLTextModel
 from .modeling_vision import Qwen3VLVisionModel
 from .mrope_qwen3_vl import (
@@ -389,21 +389,10 @@ class Qwen3VLForConditionalGeneration(Qwen3VLPreTrainedModel, Qwen3VLGenerationM
         )
 
 
-class Qwen3VLMoePreTrainedModel(Qwen3VLPreTrainedModel):
+class Qwen3VLMoePreTrainedModel(HoldsExperts, Qwen3VLPreTrainedModel):
     """Loading and saving of the mixture-of-experts models."""
 
     config_class = Qwen3VLMoeConfig
-    _no_split_modules = ["Qwen3VLMoeTextDecoderLayer", "Qwen3VLVisionBlock"]
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # `transformers` searches the source of the class's own module, but the experts live in `modeling_moe`.
-        return True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        init_expert_weights(module, self.config.get_text_config().initializer_range)
 
 
 class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel, Qwen3VLModel):
