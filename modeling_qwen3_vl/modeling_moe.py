@@ -36,10 +36,12 @@ class Qwen3VLMoeTextExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Args:
-        hidden_states (`torch.Tensor`): (tokens, hidden).
-        top_k_index, top_k_weights (`torch.Tensor`): (tokens, k), the experts of each token and their shares. An
-            index of `num_experts` marks an expert held by another device.
+        """Adds up what the chosen experts make of every token.
+
+        Args:
+            hidden_states (`torch.Tensor`): (tokens, hidden).
+            top_k_index, top_k_weights (`torch.Tensor`): (tokens, k), the experts of each token and their shares. An
+                index of `num_experts` marks an expert held by another device.
         """
         k = top_k_index.shape[-1]
         # Sorted once, the tokens of every expert are neighbours: one pair of products for each expert in use.

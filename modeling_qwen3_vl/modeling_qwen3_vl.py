@@ -115,7 +115,9 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
         mm_encoder_outputs: dict[str, Qwen3VLVisionOutput] | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPast:
-        """Args:
+        """Encodes pictures, puts them where their placeholders stand, and runs the decoder.
+
+        Args:
             input_ids (`torch.LongTensor`, *optional*): (B, T), the tokens that the cache has not seen, with one
                 placeholder for every visual token. Either this or `inputs_embeds`. With a mask of their own length
                 they are the whole conversation: what the cache holds, its pictures too, is left out first.

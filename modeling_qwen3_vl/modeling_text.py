@@ -67,26 +67,23 @@ class Qwen3VLRotaryEmbedding(nn.Module):
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponents).to(device), 1.0
 
-    def axis_of_frequency(self) -> list[int]:
-        """The axis (0 time, 1 height, 2 width) that each of the head_dim / 2 frequencies follows."""
-        axes = [0] * self.inv_freq.shape[0]
-        for axis in (1, 2):
-            for index in range(axis, min(3 * self.mrope_section[axis], len(axes)), 3):
-                axes[index] = axis
-        return axes
-
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Args:
+        """Positions to rotations.
+
+        Args:
             x (`torch.Tensor`): gives device and dtype.
             position_ids (`torch.Tensor`): (3, B, T), positions in time, height and width.
         Returns:
             cosine and sine, each (B, T, head_dim) in `x.dtype`.
         """
-        axes = torch.tensor(self.axis_of_frequency(), device=x.device)
-        positions = position_ids.expand(3, -1, -1).permute(1, 2, 0).float()[..., axes]
-        angles = positions * self.inv_freq.to(device=x.device, dtype=torch.float)
+        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float)
+        by_axis = position_ids.expand(3, -1, -1)[..., None].float() * inv_freq
+        angles = by_axis[0]
+        for axis in (1, 2):
+            own = slice(axis, 3 * self.mrope_section[axis], 3)
+            angles[..., own] = by_axis[axis, ..., own]
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((sin, sin), dim=-1).to(x.dtype)
 
@@ -134,7 +131,9 @@ class Qwen3VLAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Args:
+        """Attends to the new tokens and to what the cache holds.
+
+        Args:
             hidden_states (`torch.Tensor`): (B, T, hidden size).
             position_embeddings: cosine and sine of [`Qwen3VLRotaryEmbedding`].
             attention_mask: what the mask function registered under the implementation's name returned.
@@ -246,15 +245,17 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
         deepstack_visual_embeds: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPast:
-        """Args:
-        input_ids (`torch.LongTensor`, *optional*): (B, T). Either this or `inputs_embeds` (B, T, hidden size).
-        attention_mask (`torch.Tensor`, *optional*): (B, tokens seen + T), 1 for real tokens; or a prepared 4-D
-            mask, passed on as it is.
-        position_ids (`torch.LongTensor`, *optional*): (B, T); or (3, B, T) with time, height and width; or
-            (4, B, T) with plain positions in front, from which packed rows are told apart.
-        visual_pos_masks (`torch.Tensor`, *optional*): (B, T) boolean, true where a visual token stands.
-        deepstack_visual_embeds (`list[torch.Tensor]`, *optional*): one (visual tokens, hidden size) tensor for
-            each of the first layers, added to that layer's output.
+        """Runs the decoder over new tokens.
+
+        Args:
+            input_ids (`torch.LongTensor`, *optional*): (B, T). Either this or `inputs_embeds` (B, T, hidden size).
+            attention_mask (`torch.Tensor`, *optional*): (B, tokens seen + T), 1 for real tokens; or a prepared 4-D
+                mask, passed on as it is.
+            position_ids (`torch.LongTensor`, *optional*): (B, T); or (3, B, T) with time, height and width; or
+                (4, B, T) with plain positions in front, from which packed rows are told apart.
+            visual_pos_masks (`torch.Tensor`, *optional*): (B, T) boolean, true where a visual token stands.
+            deepstack_visual_embeds (`list[torch.Tensor]`, *optional*): one (visual tokens, hidden size) tensor for
+                each of the first layers, added to that layer's output.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")

@@ -83,7 +83,9 @@ class Qwen3VLVisionAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **kwargs,
     ) -> tuple[torch.Tensor, tuple | None]:
-        """Args:
+        """Attends within each frame.
+
+        Args:
             hidden_states (`torch.Tensor`): (patches, hidden size), the frames one after the other.
             frame_lengths (`list[int]`): patches of each frame, on the host, so that no layer waits for the device.
             cu_seqlens (`torch.Tensor`): (frames + 1,) int32 offsets, for variable-length kernels.
@@ -202,7 +204,9 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs) -> tuple | Qwen3VLVisionOutput:
-        """Args:
+        """Encodes pictures and frames, each on its own.
+
+        Args:
             hidden_states (`torch.Tensor`): (patches, channels * temporal_patch_size * patch_size**2), the pixels of
                 all pictures, normalised; the patches of a merge square are neighbours.
             grid_thw (`torch.Tensor`): (pictures, 3), patches in time, height and width of each.
