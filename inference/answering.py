@@ -54,9 +54,6 @@ class Answer:
         return asdict(self)
 
 
-# --- Loading ---------------------------------------------------------------------------------------------------------
-
-
 def find_model(model: str | Path | None) -> str:
     """The folder or Hub repository to load; without a name, the tiny checkpoint that a checkout holds.
 
@@ -120,8 +117,7 @@ def _unreachable(url: str) -> str | None:
 def pick_device(device: str | None) -> str:
     """`device`, checked, or the first accelerator of this machine, or the CPU."""
     if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return "cpu" if accelerator is None else accelerator.type
+        return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -159,9 +155,6 @@ def load(
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise AnsweringError(f"cannot load {source}: {first_line(error)}") from error
     return LoadedModel(network.to(device).eval(), processor)
-
-
-# --- Asking ----------------------------------------------------------------------------------------------------------
 
 
 def open_picture(path: str | Path) -> Image.Image:

@@ -39,10 +39,10 @@ def register_pipelines(module: ModuleType) -> Callable[[], None]:
 
 
 def _swap(module: ModuleType, old: Callable, new: Callable) -> None:
-    module.pipeline = new
     # The package keeps a name once it was asked for; one that was not will be looked up in the module.
-    if vars(transformers).get("pipeline") is old:
-        transformers.pipeline = new
+    for holder in (module, transformers):
+        if vars(holder).get("pipeline") is old:
+            holder.pipeline = new
 
 
 def _wrap(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,22 +10,53 @@ from .mrope_qwen3_vl import IMAGE, VIDEO
 
 PIXELS_AND_GRID = {IMAGE: ("pixel_values", "image_grid_thw"), VIDEO: ("pixel_values_videos", "video_grid_thw")}
 
+NO_GRIDS = (
+    "visual features came without image_grid_thw or video_grid_thw, so their M-RoPE positions are unknown; "
+    "pass the grids beside them, or position_ids."
+)
 
+
+@torch.compiler.disable
 def tokens_in_cache(cache) -> int:
     """Tokens that a cache has seen; 0 without one. Waits for the device where a cache counts there."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def uncached_ids(ids: torch.Tensor, seen: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """The part of `ids` (B, T) that the cache does not hold: all of them where the mask (B, seen + T) is longer."""
-    only_new = attention_mask is not None and attention_mask.shape[1] > ids.shape[1]
-    return ids if only_new else ids[:, seen:]
+def check_cache_rows(cache, batch: int) -> None:
+    """Raises a `ValueError` if a cache holds keys of another number of rows than the batch has."""
+    keys = getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
+    if keys is not None and keys.ndim == 4 and keys.shape[0] != batch:
+        raise ValueError(
+            f"the cache holds {keys.shape[0]} rows but the batch has {batch}; use a cache made for this batch."
+        )
+
+
+def uncached_ids(ids: torch.Tensor, seen: int, covered: int | None) -> torch.Tensor:
+    """The part of `ids` (B, T) that the cache does not hold.
+
+    Args:
+        seen (`int`): tokens in the cache.
+        covered (`int`, *optional*): tokens that the attention mask covers. More than T means that `ids` are new.
+    Raises:
+        ValueError: if `ids` can be neither the whole conversation nor, by their mask, its new part.
+    """
+    if covered is not None and covered > ids.shape[1]:
+        return ids
+    if seen and ids.shape[1] <= seen:
+        raise ValueError(
+            f"the cache has seen {seen} tokens but input_ids hold {ids.shape[1]}; pass the whole conversation, or its "
+            f"new part with an attention_mask that covers the cache too ({seen + ids.shape[1]} tokens)."
+        )
+    return ids[:, seen:]
 
 
 def is_whole_conversation(ids: torch.Tensor | None, attention_mask: torch.Tensor | None, seen: int) -> bool:
     """Whether `ids` repeat what the cache holds: a mask covers all tokens, so then it is no longer than they are."""
-    whole = ids is not None and attention_mask is not None and attention_mask.ndim == 2
-    return whole and attention_mask.shape[1] == ids.shape[1] > seen
+    if ids is None or attention_mask is None or attention_mask.ndim != 2:
+        return False
+    if attention_mask.shape[1] < seen + ids.shape[1] and ids.shape[1] <= seen:
+        uncached_ids(ids, seen, attention_mask.shape[1])  # raises: the mask leaves out what the cache holds
+    return attention_mask.shape[1] == ids.shape[1] > seen
 
 
 def drop_cached_pictures(config, ids: torch.Tensor, new_ids: torch.Tensor, inputs: dict) -> None:

@@ -4,11 +4,13 @@ Everything here overrides a named hook of `transformers`' `GenerationMixin`; thi
 new version moves one.
 """
 
+import copy
+
 import torch
 from transformers.generation import GenerationMixin
 
 from ..optim.registry_optim import cache_from_profile, visual_tokens_from_profile
-from .conversation_qwen3_vl import drop_cached_pictures, tokens_in_cache, uncached_ids
+from .conversation_qwen3_vl import NO_GRIDS, PIXELS_AND_GRID, drop_cached_pictures, tokens_in_cache, uncached_ids
 from .mrope_qwen3_vl import compute_mrope_positions, next_position, token_types
 
 
@@ -27,11 +29,14 @@ class Qwen3VLGenerationMixin(GenerationMixin):
         if ids.ndim != 2 or ids.is_floating_point():
             return self._continue_text(plain, seen, model_kwargs)
 
-        new_ids = uncached_ids(ids, seen, model_kwargs.get("attention_mask"))
+        mask = model_kwargs.get("attention_mask")
+        new_ids = uncached_ids(ids, seen, None if mask is None else mask.shape[1])
         # This hook runs first and sees the whole conversation; from here on only new pictures are left.
         drop_cached_pictures(self.config, ids, new_ids, model_kwargs)
         image_grids, video_grids = model_kwargs.get("image_grid_thw"), model_kwargs.get("video_grid_thw")
         if image_grids is None and video_grids is None:
+            if model_kwargs.get("mm_encoder_outputs"):
+                raise ValueError(NO_GRIDS)
             return self._continue_text(plain, seen, model_kwargs)
 
         types = model_kwargs.get("mm_token_type_ids")
@@ -39,7 +44,6 @@ class Qwen3VLGenerationMixin(GenerationMixin):
             types = token_types(ids, self.config.image_token_id, self.config.video_token_id)
             # `generate()` marks what it adds as text, so a placeholder that the model writes is never taken for one.
             model_kwargs["mm_token_type_ids"] = types
-        mask = model_kwargs.get("attention_mask")
         new = new_ids.shape[1]
         positions, _ = compute_mrope_positions(
             types[:, types.shape[1] - new :],
@@ -69,31 +73,50 @@ class Qwen3VLGenerationMixin(GenerationMixin):
     ):
         """Runs the vision tower once before decoding (stock), then the profile's visual-token reduction (port 3)."""
         given = inputs_tensor if model_input_name == "input_ids" else model_kwargs.get("input_ids")
+        seen = tokens_in_cache(model_kwargs.get("past_key_values"))
+        if seen and given is not None and given.shape[1]:
+            # Positions that the caller gives skip the hook above, so pictures in the cache may still be here.
+            covered = getattr(generation_config, "_mask_length", None)  # an all-ones mask is gone by now
+            mask = model_kwargs.get("attention_mask")
+            new_ids = uncached_ids(given, seen, covered if mask is None else mask.shape[1])
+            drop_cached_pictures(self.config, given, new_ids, model_kwargs)
+        grids = {name: model_kwargs[name] for _, name in PIXELS_AND_GRID.values() if name in model_kwargs}
         model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
             inputs_tensor, model_kwargs, model_input_name, generation_config
         )
         encoded = model_kwargs.get("mm_encoder_outputs")
         if encoded:
-            model_kwargs["mm_encoder_outputs"] = visual_tokens_from_profile(self, given, encoded)
+            model_kwargs["mm_encoder_outputs"] = visual_tokens_from_profile(self, given, grids, encoded)
         return model_kwargs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """As stock, but pictures are matched with the placeholders that the cache does not hold yet."""
         encoded = model_kwargs.pop("mm_encoder_outputs", None)
         if encoded and expand_size > 1:
-            ids = input_ids
-            if ids is not None and ids.shape[1]:
-                seen = tokens_in_cache(model_kwargs.get("past_key_values"))
-                ids = uncached_ids(ids, seen, model_kwargs.get("attention_mask"))
-            encoded = self._expand_multimodal_outputs(
-                ids, encoded, expand_size=expand_size, inputs_embeds=model_kwargs.get("inputs_embeds")
-            )
+            seen = tokens_in_cache(model_kwargs.get("past_key_values"))
+            expanded = {}
+            for name, output in encoded.items():
+                ids = input_ids
+                if seen and ids is not None and not self._placeholders_match(ids, name, output):
+                    ids = ids[:, seen:]
+                # On a copy, since stock writes into what may be the caller's object.
+                expanded |= self._expand_multimodal_outputs(
+                    ids,
+                    {name: copy.copy(output)},
+                    expand_size=expand_size,
+                    inputs_embeds=model_kwargs.get("inputs_embeds"),
+                )
+            encoded = expanded
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if encoded is not None:
             model_kwargs["mm_encoder_outputs"] = encoded
         return input_ids, model_kwargs
+
+    def _placeholders_match(self, ids, modality, output) -> bool:
+        placeholders = int((ids == getattr(self.config, f"{modality}_token_id")).sum())
+        return placeholders == sum(len(features) for features in output.pooler_output)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -114,9 +114,6 @@ PARTS = (
 )
 
 
-# --- The folder ------------------------------------------------------------------------------------------------------
-
-
 def export_hub_folder(
     model_or_path: Any,
     output_dir: str | Path,
@@ -148,6 +145,8 @@ def export_hub_folder(
     output = Path(output_dir)
     if not isinstance(model_or_path, (str, Path)):
         _family(model_or_path.config)  # before anything is cleared
+        if Path(model_or_path.config.name_or_path or "-").resolve() == output.resolve():
+            raise HubExportError(f"output_dir {output} is the folder the model came from; name another one.")
         _clear_target(output)
         _save_loaded_model(model_or_path, output, max_shard_size)
     else:
@@ -217,9 +216,6 @@ def _mark(values: dict[str, Any], auto_map: dict[str, str] | None) -> None:
     values.pop("auto_map", None)
     if auto_map is not None:
         values["auto_map"] = auto_map
-
-
-# --- The code --------------------------------------------------------------------------------------------------------
 
 
 def collect_code_files(entries: list[Entry], root: Path) -> dict[str, str]:
@@ -339,9 +335,6 @@ def _package_version() -> str:
         return "0+unknown"
 
 
-# --- Configs ---------------------------------------------------------------------------------------------------------
-
-
 def _family(config: Any) -> Family:
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
@@ -395,9 +388,6 @@ def _load_processor(folder: Path) -> Any | None:
     if not any((folder / name).exists() for name in PROCESSOR_FILES):
         return None
     return _load_class(PROCESSOR).from_pretrained(folder)
-
-
-# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 def _source_folder(model: str | Path, revision: str | None, local_files_only: bool) -> Path:

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from ..configuration.configuration_qwen3_vl import Qwen3VLConfig
 from ..configuration.versions_qwen3_vl import check_transformers_version
@@ -55,7 +56,7 @@ class Qwen3VLPreTrainedModel(PreTrainedModel):
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
-            culprit = _first_unreadable_shard(pretrained_model_name_or_path)
+            culprit = _first_unreadable_shard(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             raise ValueError(
                 f"the weights in {culprit} cannot be read ({error}); the file is corrupt or was cut short, "
                 "download or save it again."
@@ -63,17 +64,24 @@ class Qwen3VLPreTrainedModel(PreTrainedModel):
         apply_techniques(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """Saves as `transformers` does; a model that came from a `trust_remote_code` folder keeps its code files."""
-        if getattr(self.config, "auto_map", None) and kwargs.get("is_main_process", True):
+        if getattr(self.config, "auto_map", None) and is_main_process:
             save_code_files(save_directory, self.config)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
+        # Stock uploads what is newer than its first look at the folder, and the code is written before that.
+        others = {name: time for name, time in files_timestamps.items() if not name.endswith(".py")}
+        return super()._upload_modified_files(working_dir, repo_id, others, *args, **kwargs)
 
 
-def _first_unreadable_shard(folder) -> str:
-    if not Path(str(folder)).is_dir():
-        return str(folder)
-    for path in sorted(Path(folder).glob("*.safetensors")):
+def _first_unreadable_shard(name_or_path, subfolder: str) -> str:
+    folder = Path(str(name_or_path), subfolder)
+    if not folder.is_dir():  # a Hub repository: what was loaded lies in the local cache
+        config = cached_file(name_or_path, "config.json", subfolder=subfolder, local_files_only=True)
+        folder = Path(config).parent
+    for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
                 pass

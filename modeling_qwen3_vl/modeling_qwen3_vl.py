@@ -14,7 +14,13 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_qwen3_vl import Qwen3VLConfig
 from ..configuration.configuration_qwen3_vl_moe import Qwen3VLMoeConfig, Qwen3VLMoeVisionConfig
-from .conversation_qwen3_vl import drop_cached_pictures, is_whole_conversation, tokens_in_cache
+from .conversation_qwen3_vl import (
+    NO_GRIDS,
+    check_cache_rows,
+    drop_cached_pictures,
+    is_whole_conversation,
+    tokens_in_cache,
+)
 from .generation_qwen3_vl import Qwen3VLGenerationMixin
 from .modeling_base import Qwen3VLPreTrainedModel, Qwen3VLVisionOutput
 from .modeling_moe import HoldsExperts, Qwen3VLMoeTextModel, load_balancing_loss
@@ -143,9 +149,12 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
         }
         pictures = {name: value for name, value in pictures.items() if value is not None}
         length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        # A decoding step with positions given notes none, so that it need not ask the device how full the cache is.
-        noting = not torch.compiler.is_compiling() and (position_ids is None or length > 1)
-        seen = tokens_in_cache(past_key_values) if noting else 0
+        counting = past_key_values is not None and (
+            position_ids is None or length > 1 or counts_on_host(past_key_values)
+        )
+        seen = tokens_in_cache(past_key_values) if counting else 0
+        if seen:
+            check_cache_rows(past_key_values, len(inputs_embeds if input_ids is None else input_ids))
         if seen and is_whole_conversation(input_ids, attention_mask, seen):
             drop_cached_pictures(self.config, input_ids, input_ids[:, seen:], pictures)
             input_ids = input_ids[:, seen:]
@@ -158,10 +167,12 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
             inputs_embeds, visual_mask, deepstack = self._place_features(
                 encoded, input_ids, inputs_embeds, mm_token_type_ids
             )
-        if position_ids is None:
+        if position_ids is None and (pictures or encoded or counting):
             position_ids = self._make_positions(
                 input_ids, inputs_embeds, mm_token_type_ids, pictures, attention_mask, past_key_values, seen
             )
+            if encoded and position_ids is None and input_ids is not None:
+                raise ValueError(NO_GRIDS)
         outputs = self.language_model(
             position_ids=position_ids,
             attention_mask=attention_mask,
@@ -171,12 +182,17 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
             deepstack_visual_embeds=deepstack,
             **kwargs,
         )
-        if outputs.past_key_values is not None and noting:
-            if position_ids is not None and (encoded or not seen):
-                remember_positions(outputs.past_key_values, seen, position_ids[-3:])
-            else:
-                forget_positions_after(outputs.past_key_values, seen)
+        new_cache = past_key_values is None and outputs.past_key_values is not None
+        if counting or (new_cache and position_ids is not None):
+            self._note_positions(outputs.past_key_values, seen, position_ids, bool(encoded))
         return outputs
+
+    @torch.compiler.disable
+    def _note_positions(self, cache, seen: int, position_ids: torch.Tensor | None, saw_pictures: bool) -> None:
+        if position_ids is not None and (saw_pictures or not seen):
+            remember_positions(cache, seen, position_ids[-3:] if position_ids.ndim == 3 else position_ids)
+        else:
+            forget_positions_after(cache, seen)
 
     def _encode(self, pictures: dict, mm_encoder_outputs: dict | None) -> dict[str, Qwen3VLVisionOutput]:
         """The tower's outputs under "image" and "video", as far as there are any."""
@@ -197,24 +213,25 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
         Returns the embeddings, where visual tokens are (B, T), and per DeepStack level (visual tokens, hidden size)
         in the order of those places.
         """
-        features = {name: torch.cat(tuple(output.pooler_output)) for name, output in encoded.items()}
+        device = inputs_embeds.device
+        features = {name: torch.cat(tuple(output.pooler_output)).to(device) for name, output in encoded.items()}
         rows = torch.cat(
             [
                 self._placeholder_rows(name, input_ids, inputs_embeds, mm_token_type_ids, len(of_modality))
                 for name, of_modality in features.items()
             ]
         )
-        features = torch.cat(tuple(features.values())).to(inputs_embeds.device, inputs_embeds.dtype)
+        features = torch.cat(tuple(features.values())).to(inputs_embeds.dtype)
         flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
         inputs_embeds = flat.index_copy(0, rows, features).view_as(inputs_embeds)
 
         visual_mask = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
         visual_mask[rows] = True
         levels = zip(*(output.deepstack_features or () for output in encoded.values()), strict=True)
-        deepstack = [torch.cat([x for modality in level for x in modality]) for level in levels]
+        deepstack = [torch.cat([x.to(device) for modality in level for x in modality]) for level in levels]
         if len(encoded) > 1:  # pictures and videos take turns in the row
             order = rows.argsort()
-            deepstack = [level[order.to(level.device)] for level in deepstack]
+            deepstack = [level[order] for level in deepstack]
         return inputs_embeds, visual_mask.view(inputs_embeds.shape[:2]), deepstack
 
     def _placeholder_rows(self, modality, input_ids, inputs_embeds, mm_token_type_ids, features: int) -> torch.Tensor:
@@ -236,6 +253,7 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
             )
         return rows
 
+    @torch.compiler.disable
     def _make_positions(
         self, input_ids, inputs_embeds, mm_token_type_ids, pictures, attention_mask, past_key_values, seen
     ) -> torch.Tensor | None:
@@ -418,9 +436,10 @@ class Qwen3VLMoeForConditionalGeneration(Qwen3VLMoePreTrainedModel, Qwen3VLForCo
         """Adds the load-balancing loss where router logits were asked for."""
         text, aux_loss = self.config.text_config, None
         if outputs.router_logits:
-            aux_loss = load_balancing_loss(
-                outputs.router_logits, text.num_experts, text.num_experts_per_tok, attention_mask
-            )
+            new_tokens = outputs.last_hidden_state.shape[1]
+            mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            mask = None if mask is None else mask[:, mask.shape[1] - new_tokens :]
+            aux_loss = load_balancing_loss(outputs.router_logits, text.num_experts, text.num_experts_per_tok, mask)
             if loss is not None:
                 loss = loss + text.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
@@ -432,6 +451,11 @@ class Qwen3VLMoeForConditionalGeneration(Qwen3VLMoePreTrainedModel, Qwen3VLForCo
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+
+def counts_on_host(cache: Cache) -> bool:
+    """Whether asking a cache for its length costs nothing; a static one counts on the device. Never when compiling."""
+    return not torch.compiler.is_compiling() and isinstance(cache.get_seq_length(), int)
 
 
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

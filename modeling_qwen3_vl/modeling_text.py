@@ -276,10 +276,6 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         deepstack = deepstack_visual_embeds or []
         visual_rows = visual_pos_masks.flatten().nonzero().squeeze(-1) if len(deepstack) else None
-        # Autograd and recorded hidden states need every layer's own output untouched.
-        keep_outputs = (
-            torch.is_grad_enabled() or kwargs.get("output_hidden_states") or self.config.output_hidden_states
-        )
 
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
@@ -291,7 +287,9 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
                 **kwargs,
             )
             if index < len(deepstack):
-                hidden_states = add_at_rows(hidden_states, visual_rows, deepstack[index], in_place=not keep_outputs)
+                # Autograd, and whoever hooked the layer to record it, need its own output untouched.
+                in_place = not torch.is_grad_enabled() and not layer._forward_hooks
+                hidden_states = add_at_rows(hidden_states, visual_rows, deepstack[index], in_place)
 
         return self.output_class(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 

@@ -19,17 +19,24 @@ from ..configuration.configuration_qwen3_vl import Qwen3VLVisionConfig
 from .modeling_base import Qwen3VLPreTrainedModel, Qwen3VLVisionOutput, eager_attention_forward, rotate_half
 
 
+class PatchConv3d(nn.Conv3d):
+    """A convolution over inputs of exactly one kernel's size, which is one matrix product and computed as such."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
+
+
 class Qwen3VLVisionPatchEmbed(nn.Module):
-    """Linear map of flat patches. The weight keeps the shape of the convolution that checkpoints store."""
+    """Linear map of flat patches. It stays a convolution to checkpoints, adapters and offloading hooks."""
 
     def __init__(self, config: Qwen3VLVisionConfig):
         super().__init__()
-        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=kernel, stride=kernel)
+        self.kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = PatchConv3d(config.in_channels, config.hidden_size, kernel_size=self.kernel, stride=self.kernel)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        # Patches do not overlap, so the convolution is one matrix product: 3.4 times faster on a CPU.
-        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+        patches = pixels.to(self.proj.weight.dtype).view(len(pixels), -1, *self.kernel)
+        return self.proj(patches).flatten(1)
 
 
 class Qwen3VLVisionRotaryEmbedding(nn.Module):
@@ -219,8 +226,9 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
         cu_seqlens = F.pad(torch.tensor(frame_lengths, device=hidden_states.device).cumsum(0), (1, 0)).int()
 
         hidden_states = self.patch_embed(hidden_states)
-        hidden_states = hidden_states + self._position_table(grids).to(hidden_states)
-        position_embeddings = self.rotary_pos_emb(patch_positions(grids, self.spatial_merge_size, grid_thw.device))
+        device = hidden_states.device
+        hidden_states = hidden_states + self._position_table(grids, device).to(hidden_states)
+        position_embeddings = self.rotary_pos_emb(patch_positions(grids, self.spatial_merge_size, device))
 
         deepstack_features = []
         for index, block in enumerate(self.blocks):
@@ -241,18 +249,18 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
             deepstack_features=deepstack_features,
         )
 
-    def _position_table(self, grids: list[list[int]]) -> torch.Tensor:
+    def _position_table(self, grids: list[list[int]], device: torch.device) -> torch.Tensor:
         """The learned square table, resampled bilinearly to every grid: (patches, hidden size), float32."""
         resampled = {}
         for _, height, width in grids:
             if (height, width) not in resampled:
-                resampled[height, width] = self._resample_table(height, width)
+                resampled[height, width] = self._resample_table(height, width, device)
         return torch.cat([resampled[height, width].repeat(time, 1) for time, height, width in grids])
 
-    def _resample_table(self, height: int, width: int) -> torch.Tensor:
-        table, side = self.pos_embed.weight, self.num_grid_per_side
-        row_taps, row_weights = linear_taps(height, side, table.device)
-        column_taps, column_weights = linear_taps(width, side, table.device)
+    def _resample_table(self, height: int, width: int, device: torch.device) -> torch.Tensor:
+        side = self.num_grid_per_side
+        row_taps, row_weights = linear_taps(height, side, device)
+        column_taps, column_weights = linear_taps(width, side, device)
         taps = row_taps[:, None, :, None] * side + column_taps[None, :, None, :]  # (height, width, 2, 2)
         weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
         grid = (self.pos_embed(taps.flatten(2)) * weights.flatten(2)[..., None]).sum(2)

@@ -9,6 +9,7 @@ every video frame stands alone behind a time stamp in text (arXiv 2511.21631).
 from functools import cache as remember_result
 
 import torch
+from torch.utils import _pytree as pytree
 
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
@@ -95,7 +96,7 @@ def _place_modality(modality, grids, types, merge, advance, offsets) -> None:
 
 
 def _check_placeholders(modality, where, sizes, ends, row_length) -> None:
-    name = "image" if modality == IMAGE else "video"
+    name, piece = ("image", "image") if modality == IMAGE else ("video", "video frame")
     needed = int(ends[-1]) if len(ends) else 0
     if needed != len(where):
         raise ValueError(
@@ -107,7 +108,7 @@ def _check_placeholders(modality, where, sizes, ends, row_length) -> None:
     if len(broken):
         index = int(broken[0])
         raise ValueError(
-            f"{name} {index} needs {int(sizes[index])} placeholder tokens in one run but they are interrupted; "
+            f"{piece} {index} needs {int(sizes[index])} placeholder tokens in one run but they are interrupted; "
             f"{name}_grid_thw must follow the order of the placeholders."
         )
 
@@ -126,7 +127,7 @@ def remember_positions(cache, start: int, position_ids: torch.Tensor) -> None:
     latest = (position_ids.amax(0) if position_ids.ndim == 3 else position_ids).cummax(1).values + 1
     earlier = next_positions_seen(cache)
     if start and earlier is not None:
-        held = earlier[:, :start]
+        held = earlier[:, :start].to(latest.device)
         if held.shape[1] < start:  # the tokens between were text: each took one position
             gap = torch.arange(1, start - held.shape[1] + 1, device=held.device)
             held = torch.cat((held, held[:, -1:] + gap), dim=1)
@@ -136,9 +137,11 @@ def remember_positions(cache, start: int, position_ids: torch.Tensor) -> None:
     elif start:
         plain = torch.arange(1, start + 1, device=latest.device).expand(latest.shape[0], -1)
         latest = torch.cat((plain, latest), dim=1)
-    setattr(cache, _STATE, latest)
-    if not getattr(cache, "positions_follow_rows", False) and bool((latest != latest[:1]).any()):
+    if bool((latest == latest[:1]).all()):
+        latest = latest[:1]  # one row stands for any number of equal ones
+    elif not getattr(cache, "positions_follow_rows", False):
         cache.__class__ = _following_rows(type(cache))
+    setattr(cache, _STATE, latest)
 
 
 class PositionsFollowRows:
@@ -160,16 +163,33 @@ class PositionsFollowRows:
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         noted = next_positions_seen(self)
-        setattr(self, _STATE, None if noted is None else noted.repeat_interleave(repeats, dim=0))
+        if noted is not None and len(noted) > 1:
+            setattr(self, _STATE, noted.repeat_interleave(repeats, dim=0))
 
     def _take_rows(self, rows: torch.Tensor) -> None:
         noted = next_positions_seen(self)
-        setattr(self, _STATE, None if noted is None else noted[rows.to(noted.device)])
+        if noted is not None and len(noted) > 1:
+            setattr(self, _STATE, noted[rows.to(noted.device)])
+
+    def __reduce__(self):
+        # The derived class has no name to be found by; a copy is made of the cache's own class and derived again.
+        return _rebuild_following, (type(self).__mro__[2], self.__dict__)
 
 
 @remember_result
 def _following_rows(cache_class: type) -> type:
-    return type(cache_class.__name__, (PositionsFollowRows, cache_class), {"__module__": cache_class.__module__})
+    derived = type(cache_class.__name__, (PositionsFollowRows, cache_class), {"__module__": cache_class.__module__})
+    node = pytree.SUPPORTED_NODES.get(cache_class)
+    if node is not None:  # `torch.export` and friends look a cache up by its exact type
+        pytree.register_pytree_node(derived, node.flatten_fn, node.unflatten_fn)
+    return derived
+
+
+def _rebuild_following(cache_class: type, state: dict):
+    cache = cache_class.__new__(cache_class)
+    cache.__dict__.update(state)
+    cache.__class__ = _following_rows(cache_class)
+    return cache
 
 
 def next_positions_seen(cache) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ import importlib.abc
 import importlib.machinery
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,8 +102,13 @@ def _register_models(module) -> None:
 
 def _add_entries(mapping, load: Callable[[], dict]) -> None:
     stock = mapping._extra_content
-    mapping._extra_content = _LazyEntries(stock, load)
-    _undo.append(lambda: setattr(mapping, "_extra_content", stock))
+    entries = mapping._extra_content = _LazyEntries(stock, load)
+
+    def take_out():
+        stock.update(entries.added_by_others())
+        mapping._extra_content = stock
+
+    _undo.append(take_out)
 
 
 def _register_processor(module) -> None:
@@ -179,11 +185,31 @@ class _LazyEntries(dict):
     def __init__(self, stock: dict, load: Callable[[], dict]):
         super().__init__(stock)
         self._load = load
+        self._filling = False
+        self._lock = threading.RLock()
+        self._others = {}
 
     def _fill(self) -> None:
-        load, self._load = self._load, None
-        if load is not None:
-            self.update(load())
+        if self._load is None:
+            return
+        with self._lock:
+            # Our modules may look here while they are being imported, in this thread; others wait.
+            if self._load is None or self._filling:
+                return
+            self._filling = True
+            try:
+                super().update({**self._load(), **self._others})
+                self._load = None
+            finally:
+                self._filling = False
+
+    def __setitem__(self, key, value) -> None:
+        """A later `register` of somebody else; it outranks ours and outlives it."""
+        self._others[key] = value
+        super().__setitem__(key, value)
+
+    def added_by_others(self) -> dict:
+        return self._others
 
     def __getitem__(self, key):
         self._fill()

@@ -8,6 +8,10 @@ from abc import ABC, abstractmethod
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 PRESETS: dict[str, tuple[str, ...]] = {"minimal": (), "balanced": (), "aggressive": ()}
 
@@ -37,15 +41,18 @@ class Technique(ABC):
         """A `transformers` `Cache` for `batch_size` rows of at most `max_length` tokens, or `None`."""
         return None
 
-    def plan_visual_tokens(self, model, input_ids, encoder_outputs: dict):
-        """Encoder outputs with fewer visual tokens, or `None`."""
+    def plan_visual_tokens(self, model, input_ids, grids: dict, encoder_outputs: dict):
+        """Encoder outputs with fewer visual tokens, or `None`.
+
+        `input_ids` (B, T) is the whole prompt; `grids` holds `image_grid_thw` and `video_grid_thw` as far as given.
+        """
         return None
 
 
 TECHNIQUES: dict[str, type[Technique]] = {}
 
 
-def active_techniques(optim: dict | str | None) -> list[Technique]:
+def techniques_of(optim: dict | str | None) -> list[Technique]:
     """The techniques that a profile names, in its order.
 
     Args:
@@ -58,6 +65,8 @@ def active_techniques(optim: dict | str | None) -> list[Technique]:
         return []
     if isinstance(optim, str):
         _require_known(optim, PRESETS, "preset")
+        if not PRESETS[optim]:
+            logger.warning_once(f"optim={optim!r} names no technique in this version; the model stays plain.")
         optim = {name: {} for name in PRESETS[optim]}
     if not isinstance(optim, dict):
         raise TypeError(f"optim must be a preset's name, a dictionary or None, got {type(optim).__name__}.")
@@ -67,26 +76,29 @@ def active_techniques(optim: dict | str | None) -> list[Technique]:
 
 
 def apply_techniques(model) -> list[Technique]:
-    """Applies what `model.config.optim` names (port 4); called at the end of `from_pretrained`."""
-    techniques = active_techniques(getattr(model.config, "optim", None))
-    for technique in techniques:
+    """Applies what `model.config.optim` names (port 4); called at the end of `from_pretrained`.
+
+    They are kept as `model.active_techniques`, for the other ports to ask and for the caller to revert.
+    """
+    model.active_techniques = techniques_of(getattr(model.config, "optim", None))
+    for technique in model.active_techniques:
         technique.apply(model)
-    return techniques
+    return model.active_techniques
 
 
 def cache_from_profile(model, batch_size: int, max_length: int):
-    """The cache that the model's profile asks for (port 2), or `None` for the stock one."""
-    for technique in active_techniques(getattr(model.config, "optim", None)):
+    """The cache that an active technique makes (port 2), or `None` for the stock one."""
+    for technique in getattr(model, "active_techniques", ()):
         cache = technique.make_cache(model, batch_size, max_length)
         if cache is not None:
             return cache
     return None
 
 
-def visual_tokens_from_profile(model, input_ids, encoder_outputs: dict) -> dict:
-    """Encoder outputs after the profile's visual-token reduction (port 3); unchanged where it names none."""
-    for technique in active_techniques(getattr(model.config, "optim", None)):
-        reduced = technique.plan_visual_tokens(model, input_ids, encoder_outputs)
+def visual_tokens_from_profile(model, input_ids, grids: dict, encoder_outputs: dict) -> dict:
+    """Encoder outputs after the visual-token reduction of the active techniques (port 3); unchanged without one."""
+    for technique in getattr(model, "active_techniques", ()):
+        reduced = technique.plan_visual_tokens(model, input_ids, grids, encoder_outputs)
         encoder_outputs = encoder_outputs if reduced is None else reduced
     return encoder_outputs
 

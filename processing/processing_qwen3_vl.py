@@ -148,6 +148,14 @@ class Qwen3VLProcessor(ProcessorMixin):
                 json.dump({"chat_template": self.chat_template}, file, indent=2, ensure_ascii=False)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs) + written
 
+    def _upload_modified_files(
+        self, working_dir: str, repo_id: str, files_timestamps: dict[str, float], *args: Any, **kwargs: Any
+    ) -> Any:
+        # Stock uploads what is newer than its first look at the folder, and these are written before that.
+        ours = ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
+        others = {name: time for name, time in files_timestamps.items() if name not in ours}
+        return super()._upload_modified_files(working_dir, repo_id, others, *args, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "processor_class": "Qwen3VLProcessor"}
 

@@ -248,3 +248,39 @@ def test_experts_are_converted_in_a_fresh_process(tmp_path):
     )
     experts = pair.stock.model.language_model.layers[0].mlp.experts.down_proj
     assert abs(float(out) - experts.double().pow(2).sum().item()) < 1e-6
+
+
+def test_threads_all_get_ours():
+    run(
+        """
+        import threading
+        import qwen3_vl
+        from transformers import AutoConfig
+        found, start = [], threading.Barrier(4)
+        def look():
+            start.wait()
+            found.append(type(AutoConfig.for_model("qwen3_vl")).__module__)
+        threads = [threading.Thread(target=look) for _ in range(4)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+        assert len(found) == 4 and all(name.startswith("qwen3_vl.") for name in found), found
+        """
+    )
+
+
+def test_registrations_of_others_stay():
+    run(
+        """
+        import qwen3_vl
+        from transformers import AutoConfig, PreTrainedConfig
+        class Mine(PreTrainedConfig):
+            model_type = "somebody_else"
+        class Theirs(qwen3_vl.Qwen3VLConfig):
+            pass
+        AutoConfig.register("somebody_else", Mine)
+        AutoConfig.register("qwen3_vl", Theirs, exist_ok=True)
+        assert type(AutoConfig.for_model("qwen3_vl")) is Theirs
+        qwen3_vl.unregister()
+        assert type(AutoConfig.for_model("somebody_else")) is Mine
+        assert type(AutoConfig.for_model("qwen3_vl")) is Theirs
+        """
+    )

@@ -1,4 +1,4 @@
-"""`Trainer` as people use it: the same steps as on the stock model, a checkpoint, and training that goes on from it."""
+"""`Trainer` as people use it: the steps of the stock model, a checkpoint, and training that goes on from it."""
 
 import pytest
 import torch
