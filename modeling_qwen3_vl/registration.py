@@ -62,6 +62,7 @@ def register() -> None:
     if _undo:
         return
     actions = {
+        "transformers": _uncover_video_processor,
         f"{_AUTO}configuration_auto": _register_configs,
         f"{_AUTO}modeling_auto": _register_models,
         "transformers.pipelines": _register_pipelines,
@@ -70,7 +71,6 @@ def register() -> None:
     hook = _AfterImport({name: action for name, action in actions.items() if name not in sys.modules})
     sys.meta_path.insert(0, hook)
     _undo.append(lambda: sys.meta_path.remove(hook))
-    _uncover_video_processor()
     for name, action in actions.items():
         if name in sys.modules:
             action(sys.modules[name])
@@ -127,9 +127,10 @@ def _register_processor(module) -> None:
     _undo.append(lambda: setattr(auto_class, "from_pretrained", stock))
 
 
-def _uncover_video_processor() -> None:
+def _uncover_video_processor(module) -> None:
     """Without torchvision, `transformers.AutoVideoProcessor` is a stand-in that refuses every use; ours needs none."""
-    name, library = "AutoVideoProcessor", importlib.import_module("transformers")
+    # While it is imported, the library puts an object of its own in the place of the module.
+    name, library = "AutoVideoProcessor", sys.modules[module.__name__]
     missing = getattr(library, "_object_missing_backend", {})
     if name not in missing:
         return

