@@ -16,7 +16,7 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.configuration_qwen3_vl import Qwen3VLVisionConfig
-from .modeling_base import Qwen3VLPreTrainedModel, Qwen3VLVisionOutput, eager_attention_forward, rotate_half
+from .modeling_base import Qwen3VLPreTrainedModel, Qwen3VLVisionOutput, eager_attention_forward
 
 
 class PatchConv3d(nn.Conv3d):
@@ -61,11 +61,10 @@ class Qwen3VLVisionRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(patches, 2) rows and columns to cosine and sine, each (patches, head_dim) in float32."""
+        """(patches, 2) rows and columns to cosine and sine, each (patches, head_dim / 2) in float32."""
         inv_freq = self.inv_freq.to(device=positions.device, dtype=torch.float)
         angles = (positions[:, :, None].float() * inv_freq).flatten(1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
 class Qwen3VLVisionAttention(nn.Module):
@@ -101,16 +100,17 @@ class Qwen3VLVisionAttention(nn.Module):
             them.
         """
         patches = hidden_states.shape[0]
-        qkv = self.qkv(hidden_states).view(patches, 3, self.num_heads, self.head_dim)
-        query, key = rotate_queries_and_keys(qkv[:, :2], *position_embeddings).unbind(1)
-        value = qkv[:, 2]
+        qkv = self.qkv(hidden_states).view(patches, 3, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
+        # From here on a head's patches lie together, (heads, patches, D), as attention kernels read them fastest.
+        query, key = rotate_queries_and_keys(qkv[:2], *position_embeddings)
+        value = qkv[2].contiguous()
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
         if is_flash_attention_requested(self.config):
             longest = max(frame_lengths)
             output, weights = attend(
                 self,
-                *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
+                *(x.unsqueeze(0) for x in (query, key, value)),
                 attention_mask=None,
                 scaling=self.scaling,
                 dropout=0.0,
@@ -127,7 +127,7 @@ class Qwen3VLVisionAttention(nn.Module):
         for length, frames in runs_of_equal_length(frame_lengths):
             stop = start + length * frames
             # Frames of equal size are the rows of one batch: one call in place of one a frame.
-            batch = (x[start:stop].view(frames, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+            batch = (x[:, start:stop].unflatten(1, (frames, length)).transpose(0, 1) for x in (query, key, value))
             run_output, run_weights = attend(
                 self, *batch, attention_mask=None, scaling=self.scaling, dropout=0.0, is_causal=False, **kwargs
             )
@@ -314,7 +314,9 @@ def patch_positions(grids: list[list[int]], merge: int, device) -> torch.Tensor:
 
 
 def rotate_queries_and_keys(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates (patches, 2, heads, D) by angles (patches, D); computed in float32, returned in `x.dtype`."""
-    wide = x.float()
-    cos, sin = cos[:, None, None], sin[:, None, None]
-    return (wide * cos + rotate_half(wide) * sin).to(x.dtype)
+    """Rotates (2, heads, patches, D) by angles (patches, D / 2), in float32, and returns it in `x.dtype`.
+
+    Half by half, which rounds as the usual form does and moves half as much memory.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat(((first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)), dim=-1)
