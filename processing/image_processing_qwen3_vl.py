@@ -251,19 +251,7 @@ class Qwen3VLImageProcessor(BaseImageProcessor):
         return features if settings["device"] is None else features.to(settings["device"])
 
     def _settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        names = self.valid_kwargs.__annotations__
-        if unknown := sorted(set(kwargs) - set(names)):
-            raise TypeError(
-                f"unknown argument {unknown[0]!r} for {type(self).__name__}; known: {', '.join(sorted(names))}."
-            )
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        settings = {name: given.get(name, getattr(self, name, None)) for name in names}
-        settings["size"] = merge_pixel_bounds(
-            given.get("size"), given.get("min_pixels"), given.get("max_pixels"), self.size
-        )
-        for name in ("patch_size", "temporal_patch_size", "merge_size"):
-            if not isinstance(settings[name], int) or settings[name] < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {settings[name]!r}.")
+        _, settings = settings_of_call(self, kwargs)
         for name in ("image_mean", "image_std"):
             value = settings[name]
             settings[name] = tuple(value) if isinstance(value, Sequence) else (value,) * 3
@@ -372,6 +360,29 @@ class Qwen3VLImageProcessor(BaseImageProcessor):
         written["image_processor_type"] = kept if str(kept).startswith("Qwen2VL") else "Qwen2VLImageProcessorFast"
         written["processor_class"] = "Qwen3VLProcessor"
         return written
+
+
+def settings_of_call(processor: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a call names, and with it every setting of a picture or video processor for that call.
+
+    Raises:
+        TypeError: for an argument the processor does not know.
+        ValueError: for pixel bounds or patch sizes that do not fit.
+    """
+    names = processor.valid_kwargs.__annotations__
+    if unknown := sorted(set(kwargs) - set(names)):
+        raise TypeError(
+            f"unknown argument {unknown[0]!r} for {type(processor).__name__}; known: {', '.join(sorted(names))}."
+        )
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    settings = {name: given.get(name, getattr(processor, name, None)) for name in names}
+    settings["size"] = merge_pixel_bounds(
+        given.get("size"), given.get("min_pixels"), given.get("max_pixels"), processor.size
+    )
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        if not isinstance(settings[name], int) or settings[name] < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {settings[name]!r}.")
+    return given, settings
 
 
 def merge_pixel_bounds(

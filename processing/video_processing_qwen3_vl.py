@@ -18,7 +18,7 @@ from transformers.utils import logging
 from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoMetadata
 
-from .image_processing_qwen3_vl import check_finite, merge_pixel_bounds, open_picture
+from .image_processing_qwen3_vl import check_finite, merge_pixel_bounds, open_picture, settings_of_call
 from .patches_qwen3_vl import find_affine, fit_size, patchify, write_pixels
 from .video_reading import choose_frames, is_video_file, name_video, open_video, read_video
 
@@ -245,16 +245,7 @@ class Qwen3VLVideoProcessor(VideoProcessorMixin):
         return features
 
     def _settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        names = self.valid_kwargs.__annotations__
-        if unknown := sorted(set(kwargs) - set(names)):
-            raise TypeError(
-                f"unknown argument {unknown[0]!r} for {type(self).__name__}; known: {', '.join(sorted(names))}."
-            )
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        settings = {name: given.get(name, getattr(self, name, None)) for name in names}
-        settings["size"] = merge_pixel_bounds(
-            given.get("size"), given.get("min_pixels"), given.get("max_pixels"), self.size
-        )
+        given, settings = settings_of_call(self, kwargs)
         check_sampling(given.get("num_frames"), given.get("fps"))
         # What a call names beats what the processor holds of the other way to sample.
         if "num_frames" in given and "fps" not in given:
@@ -263,9 +254,6 @@ class Qwen3VLVideoProcessor(VideoProcessorMixin):
             settings["num_frames"] = None
         elif settings["num_frames"] is not None and not given.keys() & {"num_frames", "fps"}:
             settings["fps"] = None
-        for name in ("patch_size", "temporal_patch_size", "merge_size"):
-            if not isinstance(settings[name], int) or settings[name] < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {settings[name]!r}.")
         for name in ("image_mean", "image_std"):
             value = settings[name]
             settings[name] = tuple(value) if isinstance(value, Sequence) else (value,) * 3
