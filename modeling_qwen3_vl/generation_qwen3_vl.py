@@ -8,7 +8,9 @@ import copy
 
 import torch
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 
+from ..optim.attention.attention_layout import IMPLEMENTATION_PREFIX
 from ..optim.registry_optim import cache_from_profile, visual_tokens_from_profile
 from .conversation_qwen3_vl import NO_GRIDS, PIXELS_AND_GRID, drop_cached_pictures, tokens_in_cache, uncached_ids
 from .mrope_qwen3_vl import compute_mrope_positions, next_position, token_types
@@ -16,6 +18,13 @@ from .mrope_qwen3_vl import compute_mrope_positions, next_position, token_types
 
 class Qwen3VLGenerationMixin(GenerationMixin):
     """`generate()` for Qwen3-VL."""
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask=None, **kwargs):
+        """The mask of a compileable cache, made before `forward`; ours are made in it, from padding flags."""
+        if config.get_text_config()._attn_implementation.startswith(IMPLEMENTATION_PREFIX):
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """Plain positions and M-RoPE positions of the whole prompt, (4, B, tokens seen + T).

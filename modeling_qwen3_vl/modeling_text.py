@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.configuration_qwen3_vl import Qwen3VLTextConfig
 from .modeling_base import Qwen3VLPreTrainedModel, eager_attention_forward, rotate_half
+from .mrope_qwen3_vl import forget_positions_after, number_runs, remember_visual_runs, visual_runs
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -103,7 +104,12 @@ def apply_rotary_pos_emb(
 
 
 class Qwen3VLAttention(nn.Module):
-    """Causal self-attention; the implementation is looked up by name at every call (port 1)."""
+    """Causal self-attention; the implementation is looked up by name at every call (port 1).
+
+    `rotate` turns queries and keys by their positions; a technique may put an equal, faster function in its place.
+    """
+
+    rotate = staticmethod(apply_rotary_pos_emb)
 
     def __init__(self, config: Qwen3VLTextConfig, layer_idx: int):
         super().__init__()
@@ -146,12 +152,11 @@ class Qwen3VLAttention(nn.Module):
         query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        query, key = self.rotate(query, key, *position_embeddings)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if past_key_values is not None:
+            key, value, kwargs = update_cache(past_key_values, key, value, self.layer_idx, attend, kwargs)
         output, weights = attend(
             self,
             query,
@@ -163,6 +168,21 @@ class Qwen3VLAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+def update_cache(cache: Cache, key: torch.Tensor, value: torch.Tensor, layer_idx: int, attend, kwargs: dict):
+    """Extends a cache (port 2) and returns keys, values and keywords for the attention function.
+
+    An attention function that `reads_cache_layer` and a layer that shows its pages meet without copying the history:
+    the function gets the new keys and values, and the layer as `kv_layer`.
+    """
+    layers = cache.layers
+    trained = torch.is_grad_enabled() and key.requires_grad  # the history in the pages has no gradient: say so
+    in_place = getattr(attend, "reads_cache_layer", False) and not trained and layer_idx < len(layers)
+    if not in_place or not hasattr(layers[layer_idx], "page_view"):
+        return *cache.update(key, value, layer_idx), kwargs
+    key, value = cache.update(key, value, layer_idx, dense=False)
+    return key, value, {**kwargs, "kv_layer": layers[layer_idx]}
 
 
 class Qwen3VLTextMLP(nn.Module):
@@ -272,6 +292,8 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=text_position_ids,
         )
+        if any(reads_visual_runs(layer.self_attn.config) for layer in self.layers):
+            kwargs["visual_runs"] = note_visual_runs(inputs_embeds, visual_pos_masks, past_key_values)
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         deepstack = deepstack_visual_embeds or []
@@ -304,6 +326,27 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
         if position_ids.shape[0] == 4:
             return position_ids[0], position_ids[1:]
         return None, position_ids
+
+
+def reads_visual_runs(config: Qwen3VLTextConfig) -> bool:
+    """Whether the attention implementation asks which tokens are of which picture."""
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+    return getattr(attend, "reads_visual_runs", False)
+
+
+@torch.compiler.disable
+def note_visual_runs(inputs_embeds, visual_pos_masks, past_key_values: Cache | None) -> torch.Tensor:
+    """The picture or frame of every token, 0 for text, of what the cache holds and of the new: (B, tokens) int32."""
+    batch, length = inputs_embeds.shape[:2]
+    seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    if past_key_values is not None:
+        forget_positions_after(past_key_values, seen)
+    if visual_pos_masks is None:
+        return visual_runs(past_key_values, seen + length, batch, inputs_embeds.device)
+    if past_key_values is None:
+        return number_runs(visual_pos_masks, visual_runs(None, 0, batch, inputs_embeds.device))
+    remember_visual_runs(past_key_values, seen, visual_pos_masks)
+    return visual_runs(past_key_values, seen + length, batch, inputs_embeds.device)
 
 
 def add_at_rows(

@@ -1,4 +1,4 @@
-"""M-RoPE positions of mixed text, pictures and video, and where a cache remembers how far they have come.
+"""M-RoPE positions of mixed text, pictures and video, and what a cache remembers of the tokens that it holds.
 
 A text token takes one position on all three axes. A picture or a video frame takes, for its visual tokens, the
 position at which it starts plus their row and column, and the text after it goes on behind its longer side. So after
@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
 _STATE = "_qwen3_vl_next_position"
+_RUNS = "_qwen3_vl_visual_runs"
+# What is noted on a cache token by token, (B, tokens); moves and shrinks with the rows.
+_NOTES = (_STATE, _RUNS)
 
 
 def token_types(input_ids: torch.Tensor, image_token_id: int, video_token_id: int) -> torch.Tensor:
@@ -137,11 +140,45 @@ def remember_positions(cache, start: int, position_ids: torch.Tensor) -> None:
     elif start:
         plain = torch.arange(1, start + 1, device=latest.device).expand(latest.shape[0], -1)
         latest = torch.cat((plain, latest), dim=1)
-    if bool((latest == latest[:1]).all()):
-        latest = latest[:1]  # one row stands for any number of equal ones
+    _note(cache, _STATE, latest)
+
+
+def remember_visual_runs(cache, start: int, visual_mask: torch.Tensor) -> None:
+    """Notes which tokens are visual and of which picture or frame: visual tokens side by side are one.
+
+    Args:
+        cache (`Cache`): any; read again by [`visual_runs`].
+        start (`int`): tokens that the cache had seen before these.
+        visual_mask (`torch.Tensor`): (B, T) boolean, true where a new token is visual.
+    """
+    earlier = visual_runs(cache, start, len(visual_mask), visual_mask.device)
+    _note(cache, _RUNS, torch.cat((earlier, number_runs(visual_mask, earlier)), dim=1))
+
+
+def number_runs(visual_mask: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
+    """0 for text and k for the k-th run of visual tokens: (B, T) int32, counted on from `earlier` (B, tokens)."""
+    before = earlier[:, -1:] if earlier.shape[1] else torch.zeros_like(visual_mask[:, :1], dtype=torch.int32)
+    begins = visual_mask & ~torch.cat((before > 0, visual_mask[:, :-1]), dim=1)
+    held = earlier.amax(1, keepdim=True) if earlier.shape[1] else before
+    return torch.where(visual_mask, held + begins.int().cumsum(1), 0).int()
+
+
+def visual_runs(cache, length: int, batch_size: int, device=None) -> torch.Tensor:
+    """The picture or frame of each of the first `length` tokens, 0 for text: (batch_size, length) int32."""
+    noted = None if cache is None else getattr(cache, _RUNS, None)
+    if noted is None:
+        return torch.zeros(batch_size, length, dtype=torch.int32, device=device)
+    noted = expand_rows(noted[:, :length], batch_size).to(device)
+    # Tokens after the last note were text.
+    return torch.nn.functional.pad(noted, (0, length - noted.shape[1]))
+
+
+def _note(cache, name: str, rows: torch.Tensor) -> None:
+    if bool((rows == rows[:1]).all()):
+        rows = rows[:1]  # one row stands for any number of equal ones
     elif not getattr(cache, "positions_follow_rows", False):
         cache.__class__ = _following_rows(type(cache))
-    setattr(cache, _STATE, latest)
+    setattr(cache, name, rows)
 
 
 class PositionsFollowRows:
@@ -162,14 +199,16 @@ class PositionsFollowRows:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        noted = next_positions_seen(self)
-        if noted is not None and len(noted) > 1:
-            setattr(self, _STATE, noted.repeat_interleave(repeats, dim=0))
+        self._move_notes(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
-    def _take_rows(self, rows: torch.Tensor) -> None:
-        noted = next_positions_seen(self)
-        if noted is not None and len(noted) > 1:
-            setattr(self, _STATE, noted[rows.to(noted.device)])
+    def _take_rows(self, indices: torch.Tensor) -> None:
+        self._move_notes(lambda rows: rows[indices.to(rows.device)])
+
+    def _move_notes(self, move) -> None:
+        for name in _NOTES:
+            rows = getattr(self, name, None)
+            if rows is not None and len(rows) > 1:
+                setattr(self, name, move(rows))
 
     def __reduce__(self):
         # The derived class has no name to be found by; a copy is made of the cache's own class and derived again.
@@ -199,9 +238,10 @@ def next_positions_seen(cache) -> torch.Tensor | None:
 
 def forget_positions_after(cache, length: int) -> None:
     """Drops what was noted for tokens that the cache no longer holds, as after `crop` or `reset`."""
-    noted = next_positions_seen(cache)
-    if noted is not None and noted.shape[1] > length:
-        setattr(cache, _STATE, noted[:, :length] if length else None)
+    for name in _NOTES:
+        rows = getattr(cache, name, None)
+        if rows is not None and rows.shape[1] > length:
+            setattr(cache, name, rows[:, :length] if length else None)
 
 
 def next_position(cache, length: int, batch_size: int) -> torch.Tensor | None:

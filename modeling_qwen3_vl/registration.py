@@ -71,6 +71,8 @@ def register() -> None:
     hook = _AfterImport({name: action for name, action in actions.items() if name not in sys.modules})
     sys.meta_path.insert(0, hook)
     _undo.append(lambda: sys.meta_path.remove(hook))
+    _on_attention("register_known_attention")
+    _undo.append(lambda: _on_attention("withdraw_attention"))
     for name, action in actions.items():
         if name in sys.modules:
             action(sys.modules[name])
@@ -80,6 +82,13 @@ def unregister() -> None:
     """Gives the Auto classes and `pipeline` back to stock `transformers`; classes already imported keep working."""
     while _undo:
         _undo.pop()()
+
+
+def _on_attention(action: str) -> None:
+    """Attention names appear when their modules are imported; before that there is nothing to do."""
+    layout = sys.modules.get(f"{_PACKAGE}.optim.attention.attention_layout")
+    if layout is not None:
+        getattr(layout, action)()
 
 
 def _register_configs(module) -> None:

@@ -4,11 +4,19 @@ A technique is one class in one file of this room. It joins by a line in `TECHNI
 `config.optim` unset no technique is active and the model is the plain one.
 """
 
-from abc import ABC, abstractmethod
 from difflib import get_close_matches
-from typing import Any, ClassVar
 
 from transformers.utils import logging
+
+from .attention.attention_adaptive import AdaptiveAttention
+from .attention.attention_block_sparse import BlockSparseAttention
+from .attention.attention_dynamic_sparse import DynamicSparseAttention
+from .attention.attention_exact import FlashAttention2
+from .attention.attention_memory_efficient import MemoryEfficientAttention
+from .attention.rotary_faster import FasterRotaryEmbeddings
+from .attention.sparse_calibration import AdaptiveSparse
+from .cache.cache_paged import PagedCache
+from .technique_optim import Technique
 
 
 logger = logging.get_logger(__name__)
@@ -16,40 +24,19 @@ logger = logging.get_logger(__name__)
 PRESETS: dict[str, tuple[str, ...]] = {"minimal": (), "balanced": (), "aggressive": ()}
 
 
-class Technique(ABC):
-    """Something that makes a model faster or smaller and can be taken off again.
-
-    `apply` followed by `revert` leaves the logits bit-identical. A technique for the cache port overrides
-    `make_cache`, one for the visual-token port `plan_visual_tokens`; `None` from either means "not mine".
-    """
-
-    name: ClassVar[str]
-    exact: ClassVar[bool]
-
-    def __init__(self, **settings: Any):
-        self.settings = settings
-
-    @abstractmethod
-    def apply(self, model) -> None:
-        """Changes `model` in place."""
-
-    @abstractmethod
-    def revert(self, model) -> None:
-        """Undoes `apply`."""
-
-    def make_cache(self, model, batch_size: int, max_length: int):
-        """A `transformers` `Cache` for `batch_size` rows of at most `max_length` tokens, or `None`."""
-        return None
-
-    def plan_visual_tokens(self, model, input_ids, grids: dict, encoder_outputs: dict):
-        """Encoder outputs with fewer visual tokens, or `None`.
-
-        `input_ids` (B, T) is the whole prompt; `grids` holds `image_grid_thw` and `video_grid_thw` as far as given.
-        """
-        return None
-
-
-TECHNIQUES: dict[str, type[Technique]] = {}
+TECHNIQUES: dict[str, type[Technique]] = {
+    technique.name: technique
+    for technique in (
+        FlashAttention2,
+        MemoryEfficientAttention,
+        BlockSparseAttention,
+        DynamicSparseAttention,
+        AdaptiveAttention,
+        AdaptiveSparse,
+        FasterRotaryEmbeddings,
+        PagedCache,
+    )
+}
 
 
 def techniques_of(optim: dict | str | None) -> list[Technique]:

@@ -1,0 +1,37 @@
+"""What every technique is: something applied to a built model and taken off again."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+
+class Technique(ABC):
+    """Something that makes a model faster or smaller and can be taken off again.
+
+    `apply` followed by `revert` leaves the logits bit-identical. A technique for the cache port overrides
+    `make_cache`, one for the visual-token port `plan_visual_tokens`; `None` from either means "not mine".
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+
+    def __init__(self, **settings: Any):
+        self.settings = settings
+
+    @abstractmethod
+    def apply(self, model) -> None:
+        """Changes `model` in place."""
+
+    @abstractmethod
+    def revert(self, model) -> None:
+        """Undoes `apply`."""
+
+    def make_cache(self, model, batch_size: int, max_length: int):
+        """A `transformers` `Cache` for `batch_size` rows of at most `max_length` tokens, or `None`."""
+        return None
+
+    def plan_visual_tokens(self, model, input_ids, grids: dict, encoder_outputs: dict):
+        """Encoder outputs with fewer visual tokens, or `None`.
+
+        `input_ids` (B, T) is the whole prompt; `grids` holds `image_grid_thw` and `video_grid_thw` as far as given.
+        """
+        return None
