@@ -130,7 +130,10 @@ class Qwen3VLGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        """Port 2. Order of precedence: the caller's cache, `use_cache=False`, `cache_implementation`, the profile."""
+        """Port 2. Order of precedence: the caller's cache, `use_cache=False`, `cache_implementation`, the profile.
+
+        Last comes the cache that suits the attention implementation; stock's own for stock's.
+        """
         undecided = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
         if undecided and generation_config.use_cache is not False:
             rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)

@@ -15,6 +15,7 @@ from .attention.attention_exact import FlashAttention2
 from .attention.attention_memory_efficient import MemoryEfficientAttention
 from .attention.rotary_faster import FasterRotaryEmbeddings
 from .attention.sparse_calibration import AdaptiveSparse
+from .cache.cache_choice import cache_for_attention
 from .cache.cache_paged import PagedCache
 from .technique_optim import Technique
 
@@ -74,12 +75,12 @@ def apply_techniques(model) -> list[Technique]:
 
 
 def cache_from_profile(model, batch_size: int, max_length: int):
-    """The cache that an active technique makes (port 2), or `None` for the stock one."""
+    """The cache that an active technique makes (port 2), else what suits the attention; `None` for the stock one."""
     for technique in getattr(model, "active_techniques", ()):
         cache = technique.make_cache(model, batch_size, max_length)
         if cache is not None:
             return cache
-    return None
+    return cache_for_attention(model)
 
 
 def visual_tokens_from_profile(model, input_ids, grids: dict, encoder_outputs: dict) -> dict:

@@ -117,8 +117,8 @@ def dynamic_sparse_attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function behind [`DynamicSparseAttention`].
 
-    Without a cache layer that keeps bounds of its pages, decoding reads every key to find them, which costs about half
-    of exact attention.
+    Without a cache layer that keeps bounds of its pages, decoding reads every key to find them, which takes longer
+    than exact attention: use a paged cache.
 
     Args:
         query (`torch.Tensor`): (B, H, T, D).

@@ -78,10 +78,10 @@ def attend_blocks(
 
 
 def _native_tiles_win(query, key, layout, block_map, kv_layer) -> bool:
-    if block_map is not None:
-        return block_map.key_block % KEY_STEP == 0 and block_map.query_block % KEY_STEP == 0
     if kv_layer is not None and kv_layer.page_view().page_tokens % KEY_STEP:
         return False
+    if block_map is not None:
+        return block_map.key_block % KEY_STEP == 0 and block_map.query_block % KEY_STEP == 0
     if query.dtype == torch.bfloat16 and has_bf16_products() and not torch.cpu._is_amx_tile_supported():
         return True
     # PyTorch's own kernel is as fast for float32 and faster with AMX, but needs a dense mask for anything but these.

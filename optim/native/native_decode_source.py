@@ -7,13 +7,19 @@ log-sum-exp, as in FlashDecoding (Dao et al., 2023).
 DECODE_SOURCE = r"""
 struct Span { int32_t start, count; };
 
+// How many tokens ahead memory is asked for; behind the end of a run that is the run that comes `next`.
+constexpr int AHEAD = 24;
+template <class T> static inline const T *ahead(const T *run, const T *next, int64_t stride, int t, int count) {
+  return t + AHEAD < count ? run + (t + AHEAD) * stride : next + (t + AHEAD - count) * stride;
+}
+
 // Scores of `count` neighbouring keys for R query rows of float32.
 template <int R, class T>
-static void score_span(const T *key, int64_t stride, int count, const float *const *rows, int chunks,
+static void score_span(const T *key, const T *next, int64_t stride, int count, const float *const *rows, int chunks,
                        float *const *scores) {
   for (int t = 0; t < count; t++) {
-    const T *k = key + t * stride;
-    for (int i = 0; i < chunks; i += 64 / (16 * (int)sizeof(T) / 16)) __builtin_prefetch(k + 12 * stride + 16 * i);
+    const T *k = key + t * stride, *later = ahead(key, next, stride, t, count);
+    for (int i = 0; i < chunks; i += 64 / (16 * (int)sizeof(T) / 16)) __builtin_prefetch(later + 16 * i);
     v16 acc[R];
     for (int r = 0; r < R; r++) acc[r] = v16{};
     for (int i = 0; i < chunks; i++) {
@@ -26,13 +32,14 @@ static void score_span(const T *key, int64_t stride, int count, const float *con
 
 // Adds probability-weighted values to W vectors of R rows of output.
 template <int R, int W, class T>
-static void add_values(const T *value, int64_t stride, int count, float *const *probs, float *const *out, int at) {
+static void add_values(const T *value, const T *next, int64_t stride, int count, float *const *probs,
+                       float *const *out, int at) {
   v16 acc[R][W];
   for (int r = 0; r < R; r++)
     for (int w = 0; w < W; w++) acc[r][w] = load(out[r] + at + 16 * w);
   for (int t = 0; t < count; t++) {
-    const T *v = value + t * stride + at;
-    for (int w = 0; w < W; w += 2) __builtin_prefetch(v + 12 * stride + 16 * w);
+    const T *v = value + t * stride + at, *later = ahead(value, next, stride, t, count) + at;
+    for (int w = 0; w < W; w += 2) __builtin_prefetch(later + 16 * w);
     for (int w = 0; w < W; w++) {
       v16 x = load(v + 16 * w);
       for (int r = 0; r < R; r++) acc[r][w] += x * probs[r][t];
@@ -43,13 +50,13 @@ static void add_values(const T *value, int64_t stride, int count, float *const *
 }
 
 template <int R, class T>
-static void add_span_values(const T *value, int64_t stride, int count, float *const *probs, float *const *out,
-                            int dim) {
+static void add_span_values(const T *value, const T *next, int64_t stride, int count, float *const *probs,
+                            float *const *out, int dim) {
   constexpr int W = R >= 4 ? 4 : 8;
   int at = 0;
-  for (; at + 16 * W <= dim; at += 16 * W) add_values<R, W>(value, stride, count, probs, out, at);
-  for (; at + 64 <= dim; at += 64) add_values<R, 4>(value, stride, count, probs, out, at);
-  for (; at < dim; at += 16) add_values<R, 1>(value, stride, count, probs, out, at);
+  for (; at + 16 * W <= dim; at += 16 * W) add_values<R, W>(value, next, stride, count, probs, out, at);
+  for (; at + 64 <= dim; at += 64) add_values<R, 4>(value, next, stride, count, probs, out, at);
+  for (; at < dim; at += 16) add_values<R, 1>(value, next, stride, count, probs, out, at);
 }
 
 template <int R, class T>
@@ -64,12 +71,19 @@ static void decode_rows(const Call &c, int64_t b, int64_t h, const Span *spans, 
     out[r] = part + r * part_stride + 16;
     std::fill(out[r], out[r] + c.dim, 0.0f);
   }
+  auto key_at = [&](const Span &span) {
+    return token<T>(c, c.key, c.key_b, c.key_h, c.key_t, b, h, span.start);
+  };
+  auto value_at = [&](const Span &span) {
+    return token<T>(c, c.value, c.value_b, c.value_h, c.value_t, b, h, span.start);
+  };
   int at = 0;
   for (int s = 0; s < n; s++) {
     const Span &span = spans[s];
     float *here[R];
     for (int r = 0; r < R; r++) here[r] = scores[r] + at;
-    score_span<R>(token<T>(c, c.key, c.key_b, c.key_h, c.key_t, b, h, span.start), c.key_t, span.count, rows,
+    const T *first_value = value_at(spans[0]);
+    score_span<R>(key_at(span), s + 1 < n ? key_at(spans[s + 1]) : first_value, c.key_t, span.count, rows,
                   (int)(c.dim / 16), here);
     for (int r = 0; r < R; r++) {
       if (c.valid) {
@@ -98,8 +112,8 @@ static void decode_rows(const Call &c, int64_t b, int64_t h, const Span *spans, 
   for (int s = 0; s < n; s++) {
     float *here[R];
     for (int r = 0; r < R; r++) here[r] = scores[r] + at;
-    add_span_values<R>(token<T>(c, c.value, c.value_b, c.value_h, c.value_t, b, h, spans[s].start), c.value_t,
-                       spans[s].count, here, out, (int)c.dim);
+    const T *value = value_at(spans[s]), *next = s + 1 < n ? value_at(spans[s + 1]) : value;
+    add_span_values<R>(value, next, c.value_t, spans[s].count, here, out, (int)c.dim);
     at += spans[s].count;
   }
 }

@@ -2,14 +2,11 @@
 
 import copy
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from helpers import make_inputs, make_pair, one_line, valid_positions
-from PIL import Image, ImageDraw
 from reference import CASES, AttentionCase, assert_matches, dense_mask_of, dense_reference, inputs_of, layout_of
 
 from qwen3_vl.optim.attention import attention_timing
@@ -32,7 +29,6 @@ from qwen3_vl.optim.attention.attention_timing import (
 from qwen3_vl.optim.cache.cache_paged import PagedKVCache, PagedLayer
 
 
-TINY = Path(__file__).resolve().parents[3] / "checkpoints" / "tiny"
 NAME = "qwen3_vl_adaptive"
 EXACT, BLOCKS, DYNAMIC, CHUNKS = (
     "qwen3_vl_exact",
@@ -163,24 +159,6 @@ def test_settings_of_the_mechanisms_arrive():
     assert max(DynamicSparseAttention.last_density(model)) < 1
     technique.revert(model)
     assert not any(hasattr(module, "attention_settings") for module in model.modules())
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    if not (TINY / "config.json").is_file():
-        pytest.skip("checkpoints/tiny is not there")
-    model = transformers.AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32).eval()
-    processor = transformers.AutoProcessor.from_pretrained(TINY)
-    picture = Image.new("RGB", (128, 96), "white")
-    ImageDraw.Draw(picture).rectangle((8, 8, 64, 48), fill="red")
-    chats = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-        for text in ("What color is the shape?", "What is this?")
-    ]
-    texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    inputs = processor(text=texts, images=[picture] * 2, padding=True, padding_side="left", return_tensors="pt")
-    assert not inputs["attention_mask"].all()
-    return model, dict(inputs)
 
 
 @pytest.mark.parametrize("paged", [False, True])

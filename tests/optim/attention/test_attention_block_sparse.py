@@ -1,16 +1,13 @@
 """The fixed pattern: which blocks it keeps, what comes out, and the technique on models."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
-from helpers import make_inputs, make_pair, one_line
+from helpers import IMAGE_TOKEN, make_inputs, make_pair, one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
 from reference import ALL_CASES, AttentionCase, assert_matches, dense_reference, inputs_of, layout_of, perturb_future
 
 from qwen3_vl.optim.attention.attention_block_sparse import (
@@ -24,10 +21,10 @@ from qwen3_vl.optim.attention.attention_block_sparse import (
 from qwen3_vl.optim.attention.attention_layout import AttentionLayout
 from qwen3_vl.optim.attention.block_map import visible_pairs
 from qwen3_vl.optim.cache.cache_paged import PagedLayer
+from qwen3_vl.optim.cache.memory_pool import PagePools
 
 
 SMALL = BlockSparseSettings(sink_tokens=3, window_tokens=6, query_block=8, key_block=4, short_text_tokens=3)
-TINY = Path(__file__).parents[3] / "checkpoints" / "tiny"
 
 
 def module_with(settings_given, causal=True):
@@ -219,12 +216,14 @@ def test_nothing_is_left_out_of_a_short_row(known):
 # --- The attention function ---
 
 
+@pytest.mark.parametrize("blocks", [(8, 4), (32, 32)])  # the compiled kernels take the second
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_matches_the_reference(case, known):
+def test_matches_the_reference(case, known, blocks):
     tensors, layout = inputs_of(case), layout_of(case)
     runs = runs_of(case) if known and layout is not None else None
-    own = replace(SMALL, text_queries="local" if case.groups == 4 else "all")
+    text = "local" if case.groups == 4 else "all"
+    own = replace(SMALL, text_queries=text, query_block=blocks[0], key_block=blocks[1])
     output, weights = block_sparse_attention(
         module_with(own, case.causal), *tensors, layout, case.scaling, visual_runs=runs
     )
@@ -280,13 +279,14 @@ def test_unused_places_of_a_cache_need_no_runs():
     assert_matches(output, expected.double())
 
 
-@pytest.mark.parametrize("queries", [1, 30])
-@pytest.mark.parametrize("text", ["all", "local"])
-def test_a_paged_history_gives_the_same(queries, text):
+@pytest.mark.parametrize("page_tokens", [4, 16, 64])
+@pytest.mark.parametrize("blocks", [(8, 4), (32, 32), (64, 64)])
+@pytest.mark.parametrize(("queries", "text"), [(1, "all"), (1, "local"), (90, "all"), (90, None)])
+def test_a_paged_history_gives_the_same(queries, text, blocks, page_tokens):
     case = AttentionCase(batch=2, queries=queries, past=70, padding="left", head_dim=16)
-    (query, key, value), runs = inputs_of(case), runs_of(case)
-    own = replace(SMALL, text_queries=text)
-    layer = PagedLayer()
+    (query, key, value), runs = inputs_of(case), None if text is None else runs_of(case)
+    own = replace(SMALL, text_queries=text or "all", query_block=blocks[0], key_block=blocks[1])
+    layer = PagedLayer(PagePools(page_tokens=page_tokens))
     layer.update(key[:, :, :70], value[:, :, :70])
     new = layer.update(key[:, :, 70:], value[:, :, 70:], dense=False)
     output, _ = block_sparse_attention(
@@ -346,17 +346,39 @@ def test_padding_flags_and_no_mask_at_all():
 def test_apply_and_revert_restore_the_logits(kind):
     model = make_pair(kind).ours
     model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
-    inputs = make_inputs(["text:40", "image:4x6", "text:30"], ["text:9"])
+    pictures = ["image:8x8", "text:20"] * 3
+    inputs = make_inputs(["text:20", *pictures], ["text:60"])
     before = model(**inputs).logits
-    technique = BlockSparseAttention(sink_tokens=1, window_tokens=4, query_block=8, key_block=8)
+    technique = BlockSparseAttention(sink_tokens=1, window_tokens=4, query_block=4, key_block=4, short_text_tokens=3)
     technique.apply(model)
     assert model.config.text_config._attn_implementation == NAME
-    assert not torch.equal(model(**inputs).logits, before)
+    sparse = model(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    last_picture = inputs["input_ids"][0] == IMAGE_TOKEN
+    first = int(last_picture.nonzero()[0])
+    assert_matches(sparse[0, :first], before[0, :first].double(), 2e-4)
+    assert (sparse[0, last_picture] - before[0, last_picture]).abs().max() > 1e-2, "later pictures saw earlier ones"
+    # A row of text alone sees everything, so the decoder has said where the pictures are.
+    assert_matches(sparse[1][real[1]], before[1][real[1]].double(), 2e-4)
     technique.revert(model)
     assert torch.equal(model(**inputs).logits, before)
     assert model.config.text_config._attn_implementation == "eager"
     assert model.config.vision_config._attn_implementation == "sdpa"
     assert not any(hasattr(module, "attention_settings") for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_chunked_prompt_and_decoding_know_the_pictures(kind):
+    model = make_pair(kind).ours
+    BlockSparseAttention(sink_tokens=1, window_tokens=4, query_block=4, key_block=4, short_text_tokens=0).apply(model)
+    inputs = make_inputs(["text:20", *["image:8x8", "text:20"] * 2])
+    whole = model(**inputs).logits
+    tokens = inputs["input_ids"].shape[1]
+    out = model(**{**inputs, "input_ids": inputs["input_ids"][:, :-3], "mm_token_type_ids": None})
+    assert_matches(out.logits, whole[:, :-3].double(), 2e-4)
+    for token in range(tokens - 3, tokens):
+        out = model(input_ids=inputs["input_ids"][:, token : token + 1], past_key_values=out.past_key_values)
+        assert_matches(out.logits, whole[:, token : token + 1].double(), 2e-4)
 
 
 @torch.no_grad()
@@ -383,23 +405,6 @@ def test_trains_under_gradient_checkpointing():
         gradients.append(model.model.language_model.layers[0].self_attn.q_proj.weight.grad.clone())
     assert gradients[0].abs().max() > 0
     assert_matches(gradients[1], gradients[0].double(), 1e-6)
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    if not (TINY / "config.json").is_file():
-        pytest.skip("checkpoints/tiny is not there")
-    model = transformers.AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32).eval()
-    processor = transformers.AutoProcessor.from_pretrained(TINY)
-    picture = Image.new("RGB", (128, 96), "white")
-    ImageDraw.Draw(picture).rectangle((8, 8, 64, 48), fill="red")
-    chats = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-        for text in ("What color is the shape?", "What is this?")
-    ]
-    texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    inputs = processor(text=texts, images=[picture] * 2, padding=True, padding_side="left", return_tensors="pt")
-    return model, dict(inputs)
 
 
 def test_generates_with_pictures_and_padding(checkpoint):

@@ -1,7 +1,6 @@
 """Blocks by content: that what is computed is attention over what was chosen, when all is computed, and on models."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,6 @@ import transformers
 from helpers import make_inputs, make_pair, one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
 from reference import ALL_CASES, AttentionCase, assert_matches, dense_reference, inputs_of, layout_of
 
 from qwen3_vl.optim.attention.attention_block_sparse import NAME as BLOCK_SPARSE
@@ -40,7 +38,6 @@ SMALL = DynamicSparseSettings(
     page_tokens=4,
     dense_below_tokens=0,
 )
-TINY = Path(__file__).parents[3] / "checkpoints" / "tiny"
 
 
 def module_with(settings_given, causal=True):
@@ -95,11 +92,13 @@ def test_a_stride_is_free_where_it_is_not_used():
 # --- The attention function ---
 
 
+@pytest.mark.parametrize("blocks", [(16, 8), (32, 32)])  # the compiled kernels take the second
 @pytest.mark.parametrize("scoring", ["antidiagonal", "pooled"])
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_output_is_attention_over_what_was_chosen(case, scoring):
+def test_output_is_attention_over_what_was_chosen(case, scoring, blocks):
     tensors, layout = inputs_of(case), layout_of(case)
-    output, computed = run(replace(SMALL, scoring=scoring), case, tensors, layout)
+    own = replace(SMALL, scoring=scoring, query_block=blocks[0], key_block=blocks[1])
+    output, computed = run(own, case, tensors, layout)
     expected = dense_reference(*tensors, computed_mask(computed, case))
     if 1 < case.queries <= DECODE_QUERIES:
         # Each of a few queries has pages of its own; those of the last one are told.
@@ -287,23 +286,6 @@ def test_both_sparse_names_work_without_settings(kind):
         assert_matches(model(**inputs).logits[inputs["attention_mask"].bool()], expected.double(), 2e-4)
 
 
-@pytest.fixture(scope="module")
-def checkpoint():
-    if not (TINY / "config.json").is_file():
-        pytest.skip("checkpoints/tiny is not there")
-    model = transformers.AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32).eval()
-    processor = transformers.AutoProcessor.from_pretrained(TINY)
-    picture = Image.new("RGB", (128, 96), "white")
-    ImageDraw.Draw(picture).rectangle((8, 8, 64, 48), fill="red")
-    chats = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-        for text in ("What color is the shape?", "What is this?")
-    ]
-    texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    inputs = processor(text=texts, images=[picture] * 2, padding=True, padding_side="left", return_tensors="pt")
-    return model, dict(inputs)
-
-
 @pytest.mark.parametrize("scoring", ["antidiagonal", "pooled"])
 def test_generates_with_pictures_and_padding(checkpoint, scoring):
     model, inputs = checkpoint
@@ -313,7 +295,8 @@ def test_generates_with_pictures_and_padding(checkpoint, scoring):
         technique = DynamicSparseAttention(**{**ON_MODELS, "scoring": scoring, "threshold": threshold})
         technique.apply(model)
         try:
-            tokens = model.generate(**inputs, **greedy)
+            # Without pages of a cache, those of the settings count.
+            tokens = model.generate(**inputs, **greedy, past_key_values=transformers.DynamicCache())
             density = DynamicSparseAttention.last_density(model)
         finally:
             technique.revert(model)
