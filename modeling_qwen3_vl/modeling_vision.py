@@ -67,8 +67,23 @@ class Qwen3VLVisionRotaryEmbedding(nn.Module):
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
+def rotate_and_lay_out(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Query, key and value, each (heads, patches, D), from (patches, 3, heads, D) and angles (patches, D / 2).
+
+    Queries and keys are rotated in float32. A head's patches lie together, as attention kernels read them fastest.
+    """
+    qkv = qkv.permute(1, 2, 0, 3)
+    query, key = rotate_queries_and_keys(qkv[:2], cos, sin)
+    return query, key, qkv[2].contiguous()
+
+
 class Qwen3VLVisionAttention(nn.Module):
-    """Full attention inside every picture and every video frame; none between them."""
+    """Full attention inside every picture and every video frame; none between them.
+
+    `lay_out` rotates and orders what attention reads; a technique may put an equal, faster function in its place.
+    """
+
+    lay_out = staticmethod(rotate_and_lay_out)
 
     def __init__(self, config: Qwen3VLVisionConfig):
         super().__init__()
@@ -100,10 +115,8 @@ class Qwen3VLVisionAttention(nn.Module):
             them.
         """
         patches = hidden_states.shape[0]
-        qkv = self.qkv(hidden_states).view(patches, 3, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
-        # From here on a head's patches lie together, (heads, patches, D), as attention kernels read them fastest.
-        query, key = rotate_queries_and_keys(qkv[:2], *position_embeddings)
-        value = qkv[2].contiguous()
+        qkv = self.qkv(hidden_states).view(patches, 3, self.num_heads, self.head_dim)
+        query, key, value = self.lay_out(qkv, *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
         if is_flash_attention_requested(self.config):

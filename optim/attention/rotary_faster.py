@@ -1,7 +1,8 @@
-"""Rotary embeddings with less work: angles of decoded text from a table, rotation without a negated copy."""
+"""Rotary embeddings with less work: a table of angles, rotation without a negated copy, one pass in the tower."""
 
 import torch
 
+from ..native.native_layout import native_layout, supports_layout
 from ..technique_optim import Technique
 
 
@@ -16,6 +17,7 @@ _SIGNED = "_qwen3_vl_signed_sine"
 class FasterRotaryEmbeddings(Technique):
     """Cosines and sines of decoded text from a growing table, and a rotation that adds in place.
 
+    In the vision tower one native pass rotates and orders queries, keys and values, on a CPU with a C++ compiler.
     Exact: every result is bit-equal to the plain one, and so is its gradient. Angles come from the table where all
     rows are text (the three axes agree) and few, on the CPU: reading positions elsewhere would wait for the device.
     Types of rotary embedding other than `"default"`, and traced or compiled graphs, take the plain path. The M-RoPE
@@ -48,10 +50,12 @@ class FasterRotaryEmbeddings(Technique):
                 module.forward = TabledAngles(module, self.settings["table_positions"])
             elif hasattr(module, "rotate"):
                 module.rotate = FasterRotation(module)
+            elif hasattr(module, "lay_out"):
+                module.lay_out = FasterLayout(module)
 
     def revert(self, model) -> None:
         for module in model.modules():
-            for name, kind in (("forward", TabledAngles), ("rotate", FasterRotation)):
+            for name, kind in (("forward", TabledAngles), ("rotate", FasterRotation), ("lay_out", FasterLayout)):
                 ours = vars(module).get(name)
                 if isinstance(ours, kind):
                     ours.put_back()
@@ -165,6 +169,19 @@ class FasterRotation(_Replacement):
         cos, sin = cos.unsqueeze(unsqueeze_dim), signed_sine(sin).unsqueeze(unsqueeze_dim)
         tokens = 2 if unsqueeze_dim == 1 else 1
         return rotate(q, cos, sin, tokens), rotate(k, cos, sin, tokens)
+
+
+class FasterLayout(_Replacement):
+    """Rotation and order by head of the vision tower in one native pass; the plain way where that cannot run."""
+
+    attribute = "lay_out"
+
+    def __call__(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Query, key and value (heads, patches, D) from (patches, 3, heads, D) and angles (patches, D / 2)."""
+        if supports_layout(qkv, cos, sin):
+            return native_layout(qkv, cos, sin)
+        plain = self.replaced or type(self.module).lay_out
+        return plain(qkv, cos, sin)
 
 
 def signed_sine(sin: torch.Tensor) -> torch.Tensor:

@@ -28,12 +28,13 @@ COMPILE_SECONDS = 300
 
 
 @cache
-def load_library(name: str, source: str) -> ctypes.CDLL | None:
+def load_library(name: str, source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """The compiled `source`, or `None` with one warning that says why there is none.
 
     Args:
         name (`str`): begins the file's name.
         source (`str`): C++17 with `extern "C"` functions; OpenMP is used where the compiler has it.
+        flags (`tuple`): for the compiler, behind the usual ones.
     """
     if os.environ.get("QWEN3_VL_NATIVE", "1") == "0":
         return None
@@ -41,9 +42,9 @@ def load_library(name: str, source: str) -> ctypes.CDLL | None:
     if compiler is None:
         return _without(name, "no C++ compiler was found (g++, clang++ or $CXX)")
     try:
-        path = _library_path(name, source, compiler)
+        path = _library_path(name, source, compiler, flags)
         if not path.is_file():
-            _compile(compiler, source, path)
+            _compile(compiler, source, path, flags)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
@@ -59,10 +60,10 @@ def _machine_flags() -> list[str]:
     return ["-mcpu=native" if arm else "-march=native"]
 
 
-def _library_path(name: str, source: str, compiler: str) -> Path:
+def _library_path(name: str, source: str, compiler: str, flags: tuple[str, ...]) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     # A home folder may be shared by machines, so the processor counts: code for another one may not run here.
-    parts = (source, *FLAGS, *_machine_flags(), version, _processor())
+    parts = (source, *FLAGS, *flags, *_machine_flags(), version, _processor())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     return _cache_folder() / f"{name}-{digest}.so"
 
@@ -87,11 +88,11 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _compile(compiler: str, source: str, path: Path) -> None:
+def _compile(compiler: str, source: str, path: Path, flags: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         code, library = Path(folder) / "kernels.cpp", Path(folder) / path.name
         code.write_text(source, encoding="utf-8")
-        command = [compiler, *FLAGS, *_machine_flags(), str(code), "-o", str(library)]
+        command = [compiler, *FLAGS, *flags, *_machine_flags(), str(code), "-o", str(library)]
         try:
             # `torch` has loaded the OpenMP runtime of the same name already, so both share one pool of threads.
             _run([*command, "-fopenmp"])
