@@ -40,6 +40,7 @@ _MODULE_OF = {
     "AdaptiveSparse": "optim.attention.sparse_calibration",
     "AttentionMechanisms": "optim.attention.attention_mechanisms",
     "BlockSparseAttention": "optim.attention.attention_block_sparse",
+    "DecodeLinear": "optim.weights.linear_decode",
     "DynamicSparseAttention": "optim.attention.attention_dynamic_sparse",
     "FasterRotaryEmbeddings": "optim.attention.rotary_faster",
     "FlashAttention2": "optim.attention.attention_exact",

@@ -18,6 +18,7 @@ from .attention.sparse_calibration import AdaptiveSparse
 from .cache.cache_choice import cache_for_attention
 from .cache.cache_paged import PagedCache
 from .technique_optim import Technique
+from .weights.linear_decode import DecodeLinear
 
 
 logger = logging.get_logger(__name__)
@@ -36,6 +37,7 @@ TECHNIQUES: dict[str, type[Technique]] = {
         AdaptiveSparse,
         FasterRotaryEmbeddings,
         PagedCache,
+        DecodeLinear,
     )
 }
 
