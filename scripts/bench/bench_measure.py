@@ -69,9 +69,9 @@ def compare(row: Comparison, *, repeats: int, device: str) -> dict[str, Any]:
     for repeat in range(repeats):
         order = ("ours", "stock") if repeat % 2 else ("stock", "ours")
         for name in order:
-            sides[name].times_ms.append(_time_ms(getattr(row, name), device))
+            sides[name].times_ms.append(time_ms(getattr(row, name), device))
     for name, side in sides.items():
-        side.peak_mib = _peak_mib(getattr(row, name), device)
+        side.peak_mib, _ = measure_peak_mib(getattr(row, name), device)
     return make_record(row.label, row.sizes, sides, agreement, row.unit, row.per_run)
 
 
@@ -118,7 +118,7 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _time_ms(work: Callable[[], Any], device: str) -> float:
+def time_ms(work: Callable[[], Any], device: str) -> float:
     synchronize(device)
     started = time.perf_counter()
     work()
@@ -135,18 +135,21 @@ def _spread(values: list[float]) -> dict[str, float]:
     }
 
 
-def _peak_mib(work: Callable[[], Any], device: str) -> float:
-    """Memory above what was held before: allocated on a GPU, resident on the CPU (sampled, so a lower bound)."""
+def measure_peak_mib(work: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Memory above what was held before: allocated on a GPU, resident on the CPU (sampled, so a lower bound).
+
+    The second of the pair is what `work` returned.
+    """
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        work()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        output = work()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20, output
     _release_heap()
     with ResidentPeak() as peak:
-        work()
-    return peak.above_start_mib
+        output = work()
+    return peak.above_start_mib, output
 
 
 def _release_heap() -> None:

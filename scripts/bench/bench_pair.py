@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from bench_settings import Settings
@@ -104,6 +106,17 @@ def build_pair(
     ours.load_state_dict(stock.state_dict(), strict=True, assign=True)
     ours.tie_weights()
     return ModelPair(ours, stock)
+
+
+def without_compiled(work: Callable[[], Any]) -> Callable[[], Any]:
+    """`work` as it runs on a machine without a compiler: our attention in plain PyTorch."""
+    from qwen3_vl.optim.native import native_attention
+
+    def plain() -> Any:
+        with mock.patch.object(native_attention, "kernels", lambda: None):
+            return work()
+
+    return plain
 
 
 class _default_dtype:

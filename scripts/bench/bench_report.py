@@ -6,25 +6,38 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench_plot import draw
 from rich.console import Console
 from rich.table import Table
 
 
 def print_table(console: Console, name: str, records: list[dict[str, Any]], machine: dict[str, Any]) -> None:
     versions = machine["versions"]
+    compared = any(record.get("against") for record in records)
+    detailed = any(record.get("details") for record in records)
+    headings = ["row", "ours", "stock", "speed-up", *["beside"] * compared, "ours MiB", "stock MiB", "agreement"]
     table = Table(title=f"{name} on {machine['device']}", title_justify="left")
-    for heading in ("row", "ours", "stock", "speed-up", "ours MiB", "stock MiB", "agreement"):
-        table.add_column(heading, justify="left" if heading in ("row", "agreement") else "right")
+    for heading in [*headings, *["details"] * detailed]:
+        table.add_column(heading, justify="left" if heading in ("row", "beside", "agreement", "details") else "right")
+    group = None
     for record in records:
+        label = record["label"]
+        if "way" in record:
+            if group != (group := label.removesuffix(f": {record['way']}")):
+                table.add_section()
+                table.add_row(f"[bold]{group}")
+            label = f"  {record['way']}"
         pairs = record["speedup_pairs"]
         table.add_row(
-            record["label"],
+            label,
             _figure(record, "ours"),
             _figure(record, "stock"),
             f"{record['speedup']:.2f}x ({pairs['min']:.2f} - {pairs['max']:.2f})",
+            *[_against(record)] * compared,
             _memory(record["ours"]["peak_mib"]),
             _memory(record["stock"]["peak_mib"]),
             _agreement(record["agreement"]),
+            *[_details(record.get("details", {}))] * detailed,
         )
     console.print(table)
     console.print(
@@ -36,46 +49,35 @@ def print_table(console: Console, name: str, records: list[dict[str, Any]], mach
     )
 
 
-def save(folder: Path, name: str, records: list[dict[str, Any]], machine: dict[str, Any]) -> list[Path]:
-    """Writes `NAME_DEVICE.json` and `.png`; returns both paths."""
+def save(
+    folder: Path, name: str, records: list[dict[str, Any]], machine: dict[str, Any], *, keep_others: bool = False
+) -> list[Path]:
+    """Writes `NAME_DEVICE.json` and `.png`; returns both paths.
+
+    Args:
+        keep_others (`bool`): rows of the file that stands there stay, unless they were measured anew.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name}_{machine['device'].split(':')[0]}"
     data, plot = folder / f"{stem}.json", folder / f"{stem}.png"
+    if keep_others and data.exists():
+        records = _merged(json.loads(data.read_text(encoding="utf-8"))["rows"], records)
     data.write_text(json.dumps({"case": name, **machine, "rows": records}, indent=2) + "\n", encoding="utf-8")
-    _plot(plot, name, records, machine)
+    draw(plot, name, records, machine)
     return [data, plot]
 
 
-def _plot(path: Path, name: str, records: list[dict[str, Any]], machine: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.7 * len(records)), layout="constrained")
-    for row, record in enumerate(records):
-        for offset, side, color in ((0.19, "stock", "#9aa0a6"), (-0.19, "ours", "#1a73e8")):
-            median, (low, high) = record[side]["median_ms"], record[side]["quartiles_ms"]
-            spread = [[max(median - low, 0)], [max(high - median, 0)]]
-            label = f"{side} (median, quartiles)" if row == 0 else None
-            axes.barh(row + offset, median, 0.36, color=color, xerr=spread, ecolor="#3c4043", label=label)
-        label_at = max(record["ours"]["median_ms"], record["ours"]["quartiles_ms"][1])
-        axes.annotate(f"  {record['speedup']:.2f}x", (label_at, row - 0.19), va="center", fontsize=9)
-    axes.set_yticks(range(len(records)), [record["label"] for record in records])
-    axes.invert_yaxis()
-    axes.set_xlabel("milliseconds, less is better")
-    quick = ", quick run" if machine["quick"] else ""
-    axes.set_title(f"{name}: {machine['device_name']}{quick}", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    fresh = {record["label"]: record for record in new}
+    kept = [fresh.pop(record["label"], record) for record in old]
+    return [*kept, *fresh.values()]
 
 
 def _figure(record: dict[str, Any], side: str) -> str:
     if record["unit"] == "tokens/s":
         return f"{record[side]['tokens_per_second']:.1f} tok/s"
-    return f"{record[side]['median_ms']:.1f} ms"
+    median = record[side]["median_ms"]
+    return f"{median:.1f} ms" if median >= 10 else f"{median:.3g} ms"
 
 
 def _memory(mib: float | None) -> str:
@@ -85,6 +87,22 @@ def _memory(mib: float | None) -> str:
 def _agreement(figures: dict[str, Any]) -> str:
     if "max_abs_diff" in figures:
         return f"{figures['max_abs_diff']:.2g} beside {figures['max_abs_stock']:.3g}"
+    if "relative_error" in figures:
+        return f"error {figures['relative_error']:.2%}"
     if "equal_tokens" in figures:
         return f"{figures['equal_tokens']:.0%} equal tokens"
     return ", ".join(f"{key} {value}" for key, value in figures.items())
+
+
+def _against(record: dict[str, Any]) -> str:
+    return "\n".join(f"{ratio:.2f}x {name}" for name, ratio in record.get("against", {}).items())
+
+
+def _details(figures: dict[str, Any]) -> str:
+    lines = []
+    if "gb_per_s" in figures:
+        lines.append(f"{figures['gb_per_s']:.1f} GB/s, {figures['share_of_plain_read']:.0%} of a plain read")
+    if "density" in figures:
+        lines.append(f"{figures['density']:.1%} computed, mass {figures['mass_kept']:.1%}")
+        lines[-1] += f" (worst head {figures['mass_kept_worst_head']:.1%})"
+    return "\n".join(lines)

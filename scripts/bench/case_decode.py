@@ -1,44 +1,111 @@
-"""Greedy `generate()` after a prompt with one picture: the price of a token, with all that surrounds it."""
+"""One decoded token of the whole model behind a long history, with the cache that it needs for it.
+
+The caches are filled with random keys and values, so no prompt has to be computed; a run decodes a few tokens, and
+what they added is dropped again before the next one. Against random keys attention is spread over everything, so the
+agreement of the sparse rows says nothing of their quality.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
-from bench_measure import Comparison, token_agreement
-from bench_pair import build_pair, picture_inputs
+from bench_contest import Contest, Way
+from bench_measure import tensor_agreement
+from bench_pair import TEXT_2B, ModelPair, build_pair, without_compiled
 from bench_settings import Settings
+from transformers import DynamicCache
 
 
-def rows(settings: Settings) -> Iterator[Comparison]:
-    new_tokens, prompts = (4, [(16, (8, 8))]) if settings.quick else (64, [(64, (16, 16)), (64, (64, 64))])
+DTYPES = ("bfloat16",)
+FILLED_AT_ONCE = 4096
+
+
+def rows(settings: Settings) -> Iterator[Contest]:
+    steps = 2 if settings.quick else 8
     for dtype_name in settings.dtypes:
         dtype = settings.torch_dtype(dtype_name)
-        pair = build_pair(settings, dtype)
-        for text_tokens, grid in prompts:
-            inputs = picture_inputs(settings, dtype, text_tokens=text_tokens, grid=grid)
-            prompt_tokens = inputs["input_ids"].shape[1]
-            yield Comparison(
-                label=f"{new_tokens} tokens after {prompt_tokens}, {dtype_name}",
+        pair = cache(partial(build_pair, settings, dtype))  # built only if a row is wanted
+        for tokens in (64, 512) if settings.quick else (1024, 8192, 32768):
+            yield Contest(
+                label=f"{tokens:,} cached, {dtype_name}",
                 sizes={
+                    "phase": "decode",
+                    "context": tokens,
                     "dtype": dtype_name,
-                    "prompt_tokens": prompt_tokens,
-                    "new_tokens": new_tokens,
+                    "steps": steps,
                     "text_layers": settings.text_layers,
-                    "vision_layers": settings.vision_layers,
                 },
-                ours=_generate(pair.ours, inputs, new_tokens),
-                stock=_generate(pair.stock, inputs, new_tokens),
-                agreement=token_agreement,
-                unit="tokens/s",
-                per_run=new_tokens,
+                ways=partial(_ways, pair, settings, dtype, tokens, steps),
+                agreement=tensor_agreement,
+                calls=steps,
+                most_repeats=5 if tokens > 16384 else None,
             )
 
 
-def _generate(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> Any:
-    @torch.inference_mode()
-    def generate() -> torch.Tensor:
-        return model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+def _ways(
+    pair: Callable[[], ModelPair], settings: Settings, dtype: torch.dtype, tokens: int, steps: int
+) -> dict[str, Way]:
+    from qwen3_vl.optim.attention.attention_dynamic_sparse import NAME as DYNAMIC_SPARSE
+    from qwen3_vl.optim.attention.attention_exact import NAME as EXACT
+    from qwen3_vl.optim.cache.cache_paged import PagedKVCache
+    from qwen3_vl.optim.weights.linear_decode import DecodeLinear
 
-    return generate
+    models, linear = pair(), DecodeLinear()
+    fill = partial(_filled, layers=settings.text_layers, tokens=tokens, dtype=dtype, device=settings.device)
+    dynamic, paged = fill(DynamicCache()), fill(PagedKVCache())
+    decode = partial(_decode, tokens=tokens, steps=steps, device=settings.device)
+
+    def way(model: Any, implementation: str, history: Any, native_linear: bool = False, **options: Any) -> Way:
+        def prepare() -> None:
+            history.crop(tokens - history.get_seq_length())
+            if model is not models.stock:
+                model.set_attn_implementation(implementation)
+                (linear.apply if native_linear else linear.revert)(model)
+
+        return Way(partial(decode, model, history), prepare=prepare, **options)
+
+    ways = {
+        "stock": way(models.stock, "sdpa", fill(DynamicCache())),
+        "exact, DynamicCache": way(models.ours, EXACT, dynamic),
+        "exact, paged": way(models.ours, EXACT, paged),
+        "exact, paged, linear": way(models.ours, EXACT, paged, native_linear=True, against=("exact, paged",)),
+        "dynamic sparse, paged": way(models.ours, DYNAMIC_SPARSE, paged, against=("exact, paged",)),
+        "dynamic sparse, paged, linear": way(models.ours, DYNAMIC_SPARSE, paged, native_linear=True),
+    }
+    if torch.device(settings.device).type == "cpu":
+        plain = way(models.ours, EXACT, dynamic)
+        plain.work = without_compiled(plain.work)
+        ways["exact, DynamicCache, plain"] = plain
+    return ways
+
+
+def _filled(history: Any, *, layers: int, tokens: int, dtype: torch.dtype, device: str) -> Any:
+    """`history` with `tokens` random keys and values in each layer, the same ones for every cache."""
+    generator = torch.Generator().manual_seed(3)
+    for start in range(0, tokens, FILLED_AT_ONCE):
+        count = min(FILLED_AT_ONCE, tokens - start)
+        shape = (1, TEXT_2B["num_key_value_heads"], count, TEXT_2B["head_dim"])
+        for layer in range(layers):
+            states = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+            history.update(*states, layer)
+    return history
+
+
+@torch.inference_mode()
+def _decode(model: Any, history: Any, *, tokens: int, steps: int, device: str) -> torch.Tensor:
+    """Logits (1, steps, vocabulary) of `steps` tokens, the same ones for every model, as `generate()` calls it."""
+    mask = torch.ones(1, tokens + steps, dtype=torch.long, device=device)
+    logits = []
+    for step in range(steps):
+        output = model(
+            input_ids=torch.full((1, 1), 100 + step, device=device),
+            attention_mask=mask[:, : tokens + step + 1],
+            position_ids=torch.full((3, 1, 1), tokens + step, device=device),
+            past_key_values=history,
+            use_cache=True,
+        )
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)

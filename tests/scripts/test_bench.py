@@ -1,40 +1,207 @@
-"""`python scripts/bench`: that a case runs, and what it leaves behind."""
+"""`python scripts/bench`: that a case runs, what it leaves behind, and that its figures mean what they say."""
 
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
+sys.path.insert(0, str(BENCH))
+
+from bench_contest import Contest, Way, run_contest  # noqa: E402
+from bench_inputs import SINKS, Heads, mass_kept, noise_inputs, structured_inputs  # noqa: E402
+from bench_plot import _spread_out  # noqa: E402
+from bench_report import save  # noqa: E402
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.slow
-def test_quick_run_writes_figures_and_a_plot(tmp_path):
-    pytest.importorskip("matplotlib")
-    options = ["--quick", "--repeats", "2", "--threads", "1", "--out", str(tmp_path)]
-    result = run_bench("vision", "preprocessing", *options)
+def quick_rows(folder: Path, case: str, *options: str) -> list[dict]:
+    result = run_bench(case, "--quick", "--repeats", "2", "--threads", "1", "--out", str(folder), *options)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "speed-up" in result.stdout
-    for case in ("vision", "preprocessing"):
-        assert (tmp_path / f"{case}_cpu.png").stat().st_size > 1000
-        values = json.loads((tmp_path / f"{case}_cpu.json").read_text())
-        assert values["quick"] is True
-        assert set(values) >= {"device_name", "versions", "commit", "repeats", "date", "threads"}
-        row = values["rows"][0]
+    assert (folder / f"{case}_cpu.png").stat().st_size > 1000
+    values = json.loads((folder / f"{case}_cpu.json").read_text())
+    assert values["quick"] is True
+    assert set(values) >= {"device_name", "versions", "commit", "repeats", "date", "threads"}
+    for row in values["rows"]:
         assert len(row["ours"]["times_ms"]) == len(row["stock"]["times_ms"]) == 2
-        assert row["speedup"] == pytest.approx(row["stock"]["median_ms"] / row["ours"]["median_ms"], rel=1e-2)
-        # fp32 with the same weights and pictures.
-        assert row["agreement"]["max_abs_diff"] <= 1e-4 * max(1, row["agreement"]["max_abs_stock"])
+        ratio = row["stock"]["median_ms"] / row["ours"]["median_ms"]
+        assert row["speedup"] == pytest.approx(ratio, rel=1e-2, abs=0.02)
+    return values["rows"]
 
 
-def test_unknown_case_is_named():
-    result = run_bench("nonsense")
-    assert result.returncode == 2
-    assert "no such case: nonsense" in result.stderr
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["vision", "preprocessing"])
+def test_quick_run_writes_figures_and_a_plot(tmp_path, case):
+    pytest.importorskip("matplotlib")
+    row = quick_rows(tmp_path, case)[0]
+    # fp32 with the same weights and pictures.
+    assert row["agreement"]["max_abs_diff"] <= 1e-4 * max(1, row["agreement"]["max_abs_stock"])
+
+
+@pytest.mark.slow
+def test_attention_rows_agree_and_say_what_was_computed(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = quick_rows(tmp_path, "attention")
+    exact = [row for row in rows if row["way"].startswith("exact") or row["way"] == "memory-efficient"]
+    assert len(exact) >= 10
+    # What bfloat16 rounds away; a key too much or too few costs percents.
+    assert all(row["agreement"]["relative_error"] < 0.005 for row in exact)
+    sparse = [row for row in rows if "density" in row["details"]]
+    assert {row["way"] for row in sparse} == {"dynamic sparse", "dynamic sparse, paged", "block sparse"}
+    assert all(row["details"]["density"] <= row["details"]["mass_kept"] <= 1 for row in sparse)
+    assert any(row["details"]["density"] < 0.5 for row in sparse)
+    assert all(row["details"]["share_of_plain_read"] > 0 for row in exact if row["sizes"]["phase"] == "decode")
+
+    kept = quick_rows(tmp_path, "attention", "--rows", "prefill at 128")
+    assert [row["label"] for row in kept] == [row["label"] for row in rows]
+    changed = [new["label"] for new, old in zip(kept, rows, strict=True) if new != old]
+    assert changed and all(label.startswith("prefill at 128") for label in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["decode", "tower"])
+def test_model_rows_agree(tmp_path, case):
+    pytest.importorskip("matplotlib")
+    rows = quick_rows(tmp_path, case)
+    assert any(row["way"].endswith("plain") for row in rows)
+    # In bfloat16, through several layers.
+    assert all(row["agreement"]["max_abs_diff"] < 0.03 * row["agreement"]["max_abs_stock"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nonsense"], 2, "no such case: nonsense"),
+        (["attention", "--quick", "--rows", "nonsense"], 1, "no row's label has 'nonsense' in it"),
+    ],
+)
+def test_what_does_not_exist_is_named(arguments, code, words):
+    result = run_bench(*arguments)
+    assert result.returncode == code
+    assert words in result.stdout + result.stderr
+
+
+class Log:
+    """Ways that write down when they ran."""
+
+    def __init__(self):
+        self.entries = []
+
+    def way(self, name: str, output: float, **options) -> Way:
+        def work():
+            self.entries.append(name)
+            return torch.tensor(output)
+
+        return Way(work, prepare=lambda: self.entries.append(f"prepare {name}"), **options)
+
+
+def contest(ways: dict[str, Way], **options) -> Contest:
+    return Contest("row", {}, lambda: ways, lambda ours, stock: {"difference": (ours - stock).item()}, **options)
+
+
+def test_contest_runs_in_turns_and_compares_with_the_first():
+    log = Log()
+    ways = {
+        "stock": log.way("stock", 1.0),
+        "a": log.way("a", 3.0, details=lambda: {"density": 0.5}),
+        "b": log.way("b", 1.0, against=("a", "absent")),
+    }
+    records = run_contest(contest(ways, most_repeats=2), repeats=9, device="cpu")
+    ran = [entry for entry in log.entries if not entry.startswith("prepare")]
+    # A first run of each, then two rounds with another one first.
+    assert ran == ["stock", "a", "b", "stock", "a", "b", "a", "b", "stock"]
+    assert log.entries[::2] == [f"prepare {name}" for name in ran]
+    assert [record["label"] for record in records] == ["row: a", "row: b"]
+    a, b = records
+    assert a["agreement"] == {"difference": 2.0} and a["details"] == {"density": 0.5}
+    assert b["agreement"] == {"difference": 0.0} and set(b["against"]) == {"a"}
+    assert a["stock"]["times_ms"] == b["stock"]["times_ms"] and len(a["stock"]["times_ms"]) == 2
+
+
+def test_contest_against_itself_has_one_row():
+    log = Log()
+    ways = {"stock": log.way("stock", 1.0), "a": log.way("a", 2.0)}
+    (record,) = run_contest(contest(ways), repeats=1, device="cpu", against_itself=True)
+    assert record["way"] == "stock again" and "a" not in log.entries
+
+
+def test_contest_times_one_call_and_counts_what_it_reads(monkeypatch):
+    times = iter([8.0, 4.0, 268.435456])  # stock, a, and the plain read of 2**28 bytes at 1 GB/s
+    monkeypatch.setattr("bench_contest.time_ms", lambda work, device: next(times))
+    log = Log()
+    ways = {"stock": log.way("stock", 1.0), "a": log.way("a", 1.0, reads_bytes=500_000)}
+    (record,) = run_contest(contest(ways, calls=4), repeats=1, device="cpu")
+    assert (record["stock"]["median_ms"], record["ours"]["median_ms"]) == (2.0, 1.0)
+    assert record["details"] == {"gb_per_s": 0.5, "plain_read_gb_per_s": 1.0, "share_of_plain_read": 0.5}
+
+
+def test_mass_kept_counts_only_what_is_seen():
+    heads, tokens = Heads(4, 2, 8), 12
+    query, key = torch.zeros(1, heads.query_heads, 2, heads.dim), torch.randn(1, heads.kv_heads, tokens, heads.dim)
+    rows = torch.tensor([3, 7])
+    kept = torch.zeros(heads.kv_heads, 2, tokens, dtype=torch.bool)
+    kept[0, :, :2] = True  # 2 of 4 seen, 2 of 8 seen
+    kept[1, :, 4:] = True  # nothing, 4 of 8
+    figures = mass_kept(query, key, rows, kept, 1.0)
+    assert figures == {"mass_kept": pytest.approx((0.375 + 0.25) / 2, abs=1e-4), "mass_kept_worst_head": 0.25}
+
+
+def test_structured_inputs_are_what_they_say():
+    heads, tokens = Heads(4, 2, 64), 3000
+    query, key, value = structured_inputs(heads, tokens, torch.float32, "cpu")
+    assert query.shape == (1, 4, tokens, 64) and key.shape == value.shape == (1, 2, tokens, 64)
+    assert torch.equal(key, structured_inputs(heads, tokens, torch.float32, "cpu")[1])
+
+    def likeness(x, distance):
+        return (x[:, :, distance:] * x[:, :, :-distance]).mean().item()
+
+    rest = key[:, :, SINKS:]
+    assert rest.var().item() == pytest.approx(1, abs=0.15)
+    # 0.64 of the variance is content; of that half forgets over 512 tokens, half stays for a segment.
+    assert likeness(rest, 8) == pytest.approx(0.64, abs=0.1)
+    assert likeness(rest, 8) > likeness(rest, 400) > likeness(rest, 1500) - 0.05
+    noise = noise_inputs(heads, tokens, torch.float32, "cpu")
+    assert likeness(noise[1], 8) == pytest.approx(0, abs=0.02)
+
+
+def test_heads_go_from_diffuse_to_sharp():
+    heads = Heads(4, 2, 64)
+    query, key, _ = structured_inputs(heads, 2048, torch.float32, "cpu")
+    near = torch.zeros(4, 1, 2048, dtype=torch.bool)
+    near[:, :, -256:] = True
+    rows = torch.tensor([2047])
+    shares = [mass_kept(query[:, [h], -1:], key[:, [h // 2]], rows, near[[h]], 64**-0.5)["mass_kept"] for h in (0, 3)]
+    assert shares[0] < shares[1]
+
+
+def test_rows_of_an_earlier_run_stay(tmp_path):
+    pytest.importorskip("matplotlib")
+    machine = {"device": "cpu", "device_name": "a machine", "quick": False}
+    side = {"median_ms": 1.0, "quartiles_ms": [1.0, 1.0]}
+
+    def record(label, speedup):
+        return {"label": label, "sizes": {}, "ours": side, "stock": side, "speedup": speedup}
+
+    save(tmp_path, "case", [record("a", 1.0), record("b", 1.0)], machine)
+    data, _ = save(tmp_path, "case", [record("c", 2.0), record("a", 2.0)], machine, keep_others=True)
+    assert [(row["label"], row["speedup"]) for row in json.loads(data.read_text())["rows"]] == [
+        ("a", 2.0),
+        ("b", 1.0),
+        ("c", 2.0),
+    ]
+
+
+def test_names_of_lines_do_not_touch():
+    places = _spread_out({"a": 0.5, "b": 0.5, "c": 0.51, "d": 0.9}, gap=0.05)
+    assert places["d"] == 0.9
+    heights = sorted(places.values())
+    assert all(upper - lower >= 0.05 - 1e-9 for lower, upper in pairwise(heights))
+    assert (places["a"] + places["b"] + places["c"]) / 3 == pytest.approx(0.503, abs=0.01)
