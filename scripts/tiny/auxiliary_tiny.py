@@ -1,9 +1,9 @@
 """Auxiliary heads that teach the vision tower to see before the decoder can tell it how: used in training only.
 
 The tower learns slowly from a decoder that has not learned to look. So the tower's last states also feed a class head
-(emoji and digits), a letter head, which names the letter at each column of a text, and two heads for the shape and the
-colour at each patch of a scene: where things were drawn is known. None is exported; they take the place of the
-pretrained encoder of larger models.
+(emoji and digits) and two heads for the shape and the colour at each patch of a scene: where things were drawn is
+known. A letter head names the letter at each column of a text from the picture tokens, so that the merger passes on
+what the decoder spells. None is exported; they take the place of the pretrained encoder of larger models.
 """
 
 import numpy as np
@@ -16,8 +16,8 @@ from .data_tasks import TEXT_ALPHABET
 
 
 BLANK = len(TEXT_ALPHABET)
-# A patch is 16 pixels wide and may show the end of one letter and the start of the next.
-FRAMES_PER_PATCH = 2
+# A picture token is 32 pixels wide and may show several letters.
+FRAMES_PER_TOKEN = 4
 FRAME_PIXELS = 8
 
 
@@ -45,43 +45,43 @@ def scene_labels(objects: list[SceneObject], side: int) -> np.ndarray:
 
 
 class AuxiliaryHeads(nn.Module):
-    """Class and character heads over patch states (pictures, patches in merge order, width).
+    """Heads over patch states (pictures, patches in merge order, width), and over picture tokens for letters.
 
     Args:
-        width (`int`): of the patch states.
+        width, token_width (`int`): of the patch states and of the picture tokens.
         classes (`int`): emoji names and then ten digits.
     """
 
-    def __init__(self, width: int, classes: int):
+    def __init__(self, width: int, token_width: int, classes: int):
         super().__init__()
         self.class_head = nn.Linear(width, classes)
         self.class_weight = nn.Linear(width, 1)
-        self.text_head = nn.Linear(width, FRAMES_PER_PATCH * (BLANK + 1))
-        self.text_weight = nn.Linear(width, 1)
+        self.letter_head = nn.Linear(token_width, FRAMES_PER_TOKEN * (BLANK + 1))
+        self.letter_weight = nn.Linear(token_width, 1)
         self.shape_head = nn.Linear(width, len(SHAPES) + 1)
         self.colour_head = nn.Linear(width, len(COLOURS) + 1)
 
     def class_loss(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Summed cross entropy of `labels` (pictures,) from states pooled by learned weights."""
+        """Mean cross entropy of `labels` (pictures,) from states pooled by learned weights."""
         states = F.layer_norm(states, states.shape[-1:])
         pooled = (self.class_weight(states).softmax(1) * states).sum(1)
-        return F.cross_entropy(self.class_head(pooled).float(), labels, reduction="sum")
+        return F.cross_entropy(self.class_head(pooled).float(), labels)
 
-    def text_loss(self, states: torch.Tensor, grid: tuple[int, int], frames: torch.Tensor) -> torch.Tensor:
-        """Summed cross entropy of `frames` (pictures, 2 * patch columns); learned weights pool the rows of `grid`."""
-        states = F.layer_norm(states, states.shape[-1:])
-        rows, columns = grid
-        states = states.view(len(frames), rows // 2, columns // 2, 2, 2, -1).permute(0, 1, 3, 2, 4, 5)
-        states = states.reshape(len(frames), rows, columns, -1)
-        pooled = (self.text_weight(states).softmax(1) * states).sum(1)
-        logits = self.text_head(pooled).view(-1, BLANK + 1)
-        return F.cross_entropy(logits.float(), frames.view(-1), reduction="sum")
+    def text_loss(self, tokens: torch.Tensor, grid: tuple[int, int], frames: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy of `frames` (pictures, width / 8) from picture tokens (all pictures' tokens, width).
+
+        Learned weights pool the rows of `grid` (in patches).
+        """
+        tokens = F.layer_norm(tokens, tokens.shape[-1:]).view(len(frames), grid[0] // 2, grid[1] // 2, -1)
+        pooled = (self.letter_weight(tokens).softmax(1) * tokens).sum(1)
+        logits = self.letter_head(pooled).view(-1, BLANK + 1)
+        return F.cross_entropy(logits.float(), frames.view(-1))
 
     def scene_loss(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Summed cross entropy of the shape and colour `labels` (pictures, patches, 2) of every patch."""
+        """Mean cross entropy of the shape and colour `labels` (pictures, patches, 2) of every patch."""
         states = F.layer_norm(states, states.shape[-1:])
         heads = (self.shape_head, self.colour_head)
         return sum(
-            F.cross_entropy(head(states).float().flatten(0, 1), labels[:, :, slot].flatten(), reduction="sum")
+            F.cross_entropy(head(states).float().flatten(0, 1), labels[:, :, slot].flatten())
             for slot, head in enumerate(heads)
         )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .data_batches import TEXT_SIZE_WEIGHTS, TEXT_SIZES, longest_text_on
 from .data_material import Material
+from .data_mix import TEXT_SIZE_WEIGHTS, TEXT_SIZES, longest_text_on
 from .data_tasks import Sample, digit_sample, emoji_sample, many_sample, scene_sample, text_sample
 
 

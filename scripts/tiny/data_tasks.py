@@ -43,12 +43,19 @@ class Sample:
 
     With more than one picture the user's turn says `Picture 1: ` and so on before each, as the chat template does
     under `add_vision_id=True`. With `meta["seconds"]` the pictures are the frames of one video at those times.
+
+    `labels` names each picture in the words a question uses for it, where pictures are to be told apart. `apart` asks
+    every turn on its own, as if it were the first: later turns would else find their answers in earlier ones. Pictures
+    whose numbers (from 0) are in `worded` are written as their label between the marks of a picture.
     """
 
     task: str
     pictures: list[np.ndarray]
     turns: list[tuple[str, str]]
     meta: dict = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
+    apart: bool = False
+    worded: frozenset[int] = frozenset()
 
 
 def pick(rng: np.random.Generator, items):
@@ -163,15 +170,19 @@ def count_turns(rng: np.random.Generator, objects: list[SceneObject], side: int)
     ]
 
 
+def place_of(item: SceneObject, side: int) -> str | None:
+    """The corner that an object stands in, or `None` near the middle lines."""
+    if min(abs(item.x - side / 2), abs(item.y - side / 2)) <= 0.08 * side:
+        return None
+    return PLACES[(item.x > side / 2) + 2 * (item.y > side / 2)]
+
+
 def position_turns(rng: np.random.Generator, objects: list[SceneObject], side: int) -> list[tuple[str, str]]:
     """Corner of one object, and left/right or above/below of two; near ties are not asked."""
     names = Counter(item.name for item in objects)
     unique = [item for item in objects if names[item.name] == 1]
-    turns = []
-    for item in unique:
-        if min(abs(item.x - side / 2), abs(item.y - side / 2)) > 0.08 * side:
-            place = PLACES[(item.x > side / 2) + 2 * (item.y > side / 2)]
-            turns.append((f"Where is the {item.name}?", place))
+    places = [(item, place_of(item, side)) for item in unique]
+    turns = [(f"Where is the {item.name}?", place) for item, place in places if place]
     for first in unique:
         for second in unique:
             if first is second:
@@ -278,4 +289,4 @@ def many_sample(
             question = (f"What does picture {index + 1} show?", labels[index])
         if question not in asked:
             asked.append(question)
-    return Sample("many", drawn, asked, {"kind": kind, "pictures": pictures})
+    return Sample("many", drawn, asked, {"kind": kind, "pictures": pictures}, labels)

@@ -213,9 +213,15 @@ def main() -> None:
     parser.add_argument("--answers", action="store_true", help="keep all answers in the JSON")
     parser.add_argument("--attn-implementation", help="attention by name, as in from_pretrained")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
+    parser.add_argument("--techniques", action="store_true", help="what each technique costs, into docs/bench")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if arguments.techniques:
+        from .evaluate_techniques import report_techniques
+
+        report_techniques(arguments.model, arguments.limit)
+        return
     model, processor = load_checkpoint(arguments.model, arguments.attn_implementation, arguments.dtype)
     result = evaluate_model(model, processor, arguments.tasks, arguments.limit, keep_answers=arguments.answers)
     result |= {

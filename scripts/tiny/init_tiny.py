@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .data_batches import draw_text_batch, to_patches
+from .data_batches import to_patches
 from .data_material import Material
+from .data_mix import draw_text_batch
 from .data_tasks import digit_sample, emoji_sample, scene_sample
 
 

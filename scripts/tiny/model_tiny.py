@@ -7,6 +7,7 @@ product over a single time step (the two are equal in a still picture), and logi
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,9 +21,16 @@ from .tokenizer_tiny import VOCABULARY
 
 # The class that is trained; any class with the official parameter names will do.
 MODEL_CLASS = Qwen3VLForConditionalGeneration
-# A picture has one class but dozens of letter frames; so weighted, the three kinds of loss pull about equally.
-CLASS_WEIGHT = 6.0
-FRAME_WEIGHT = 0.3
+# How hard each micro-batch pulls: a mean over its answers, so that long answers do not drown out short ones.
+TASK_WEIGHTS = {"which": 3.0, "many": 1.0, "scene": 1.5, "text": 0.8, "digit": 0.6, "emoji": 0.5, "clip": 0.4}
+AUXILIARY_WEIGHTS = {"text": 0.6, "scene": 0.4, "digit": 0.5, "emoji": 0.3}
+NOTE_WEIGHT = 0.5
+# The decoder layer after which the end of a picture should hold its number and name; half of the layers come later,
+# to look that up.
+NOTE_LAYER = 2
+# In the layer after it, the first head should look from the words of a question to what they name.
+GAZE_LAYER = 3
+GAZE_WEIGHT = 0.3
 
 
 def tiny_config(tokenizer) -> Qwen3VLConfig:
@@ -115,28 +123,50 @@ def vision_features(
     indices, weights, cos, sin = _grid_tables(grid, visual.num_grid_per_side, head_dim // 2, theta)
     hidden = hidden + (visual.pos_embed(indices) * weights[:, :, None].to(hidden.dtype)).sum(1)
     cos, sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
-    pictures, patches, width = hidden.shape
     deepstack = []
     for number, block in enumerate(visual.blocks):
-        qkv = block.attn.qkv(block.norm1(hidden)).view(pictures, patches, 3, heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-        mixed = attend(q, k, v).transpose(1, 2).reshape(pictures, patches, width)
-        hidden = hidden + block.attn.proj(mixed)
-        hidden = hidden + block.mlp(block.norm2(hidden))
+        hidden = vision_block(block, hidden, cos, sin, heads)
         if number in visual.deepstack_visual_indexes:
             merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(number)]
-            deepstack.append(merger(hidden.reshape(-1, width)))
-    return [visual.merger(hidden.reshape(-1, width)), *deepstack], hidden
+            deepstack.append(merger(hidden.flatten(0, 1)))
+    return [visual.merger(hidden.flatten(0, 1)), *deepstack], hidden
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return states * cos + rotate_half(states) * sin
+
+
+def vision_block(
+    block: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """One layer of the tower on `hidden` (pictures, patches, width)."""
+    pictures, patches, width = hidden.shape
+    qkv = block.attn.qkv(block.norm1(hidden)).view(pictures, patches, 3, heads, width // heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v).transpose(1, 2).reshape(pictures, patches, width)
+    hidden = hidden + block.attn.proj(mixed)
+    return hidden + block.mlp(block.norm2(hidden))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Plain attention on (batch, heads, length, head_dim): for short rows in bfloat16 on a CPU faster than SDPA."""
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
-    if causal:
-        length = q.shape[2]
-        scores = scores + torch.full((length, length), float("-inf"), dtype=scores.dtype).triu(1)
+    if mask is not None:
+        scores = scores + mask
     return torch.matmul(scores.softmax(-1), v)
+
+
+def branch_mask(batch: MicroBatch, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, 1, length, length), 0 or minus infinity: causal, and between branches as `MicroBatch` says.
+
+    Padding stands to the right, where causal attention does not look.
+    """
+    branches = torch.zeros(batch.rows * batch.length, dtype=torch.int64)
+    branches[torch.from_numpy(batch.slots)] = torch.from_numpy(batch.branches)
+    branches = branches.view(batch.rows, batch.length)
+    seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
+    seen = seen & torch.ones(batch.length, batch.length, dtype=torch.bool).tril()
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))[:, None]
 
 
 def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -149,71 +179,126 @@ def batch_features(model: nn.Module, batch: MicroBatch) -> tuple[list[torch.Tens
     return vision_features(visual, pixels, batch.grid)
 
 
-def fast_logits(model: nn.Module, batch: MicroBatch, features: list[torch.Tensor] | None = None) -> torch.Tensor:
-    """Logits (trained tokens, vocabulary) after `batch.predict_index`; `features` are computed when not given."""
+def fast_logits(
+    model: nn.Module, batch: MicroBatch, features: list[torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Runs the decoder; `features` are computed when not given.
+
+    Returns:
+        Logits (trained tokens, vocabulary) after `batch.predict_index`; (notes, vocabulary) at `batch.note_index`,
+        from `NOTE_LAYER`; and the log probabilities (gazes,) with which `GAZE_LAYER` looks where it should.
+    """
     text = model.model.language_model
     features = batch_features(model, batch)[0] if features is None else features
+    mask = branch_mask(batch, features[0].dtype)
     places = torch.from_numpy(batch.visual_index)
     slots, predict = torch.from_numpy(batch.slots), torch.from_numpy(batch.predict_index)
     hidden = text.embed_tokens(torch.from_numpy(batch.input_ids)).index_copy(0, places, features[0])
     cos, sin = text.rotary_emb(hidden, torch.from_numpy(batch.position_ids)[:, None])
     cos, sin = cos[0, :, None], sin[0, :, None]
-    config = text.config
-    groups = config.num_attention_heads // config.num_key_value_heads
+    for number, layer in enumerate(text.layers):
+        # Nothing attends to the last layer's output, so it is needed at trained places only.
+        wanted = predict if number + 1 == len(text.layers) else None
+        if number == GAZE_LAYER:
+            gazes = gaze_log_probabilities(layer, hidden, cos, sin, mask, batch)
+        hidden = text_layer(layer, hidden, cos, sin, slots, mask, wanted)
+        if number + 1 < len(features):
+            hidden = hidden.index_add(0, places, features[number + 1])
+        if number == NOTE_LAYER:
+            notes = hidden[torch.from_numpy(batch.note_index)]
+    logits, notes = (F.linear(rms_norm(text.norm, states), text.embed_tokens.weight) for states in (hidden, notes))
+    return logits, notes, gazes
+
+
+def gaze_log_probabilities(
+    layer: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor, batch: MicroBatch
+) -> torch.Tensor:
+    """Log of the attention of the layer's first head from `batch.gaze_index` to where `batch` says, float32."""
+    attention, size = layer.self_attn, layer.self_attn.head_dim
+    named, rows = torch.from_numpy(batch.gaze_index), torch.from_numpy(batch.gaze_rows)
+    slots = torch.from_numpy(batch.slots)
+    normed = rms_norm(layer.input_layernorm, hidden)
+    q = rms_norm(attention.q_norm, F.linear(normed[named], attention.q_proj.weight[:size]))
+    k = rms_norm(attention.k_norm, F.linear(normed, attention.k_proj.weight[:size]))
+    q, k = rotate(q, cos[named, 0], sin[named, 0]), rotate(k, cos[:, 0], sin[:, 0])
+    k = k.new_zeros(batch.rows * batch.length, size).index_copy(0, slots, k).view(batch.rows, batch.length, size)
+    scores = torch.matmul(k[rows], q[:, :, None]).squeeze(-1).float() * size**-0.5
+    seen = mask[rows, 0, slots[named] % batch.length]
+    return (scores + seen).log_softmax(-1).gather(1, torch.from_numpy(batch.gaze_columns)[:, None]).squeeze(1)
+
+
+def text_layer(
+    layer: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor,
+    mask: torch.Tensor, wanted: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """One layer of the decoder on packed `hidden` (tokens, width); returns the rows `wanted`, or all."""
+    attention = layer.self_attn
+    rows, _, length, _ = mask.shape
+    normed = rms_norm(layer.input_layernorm, hidden)
+    split = (len(hidden), -1, attention.head_dim)
+    q = rotate(rms_norm(attention.q_norm, attention.q_proj(normed).view(split)), cos, sin)
+    k = rotate(rms_norm(attention.k_norm, attention.k_proj(normed).view(split)), cos, sin)
+    v = attention.v_proj(normed).view(split)
 
     def to_rows(states: torch.Tensor) -> torch.Tensor:
         """(tokens, heads, head_dim) to right-padded (rows, heads, length, head_dim)."""
-        padded = states.new_zeros(batch.rows * batch.length, *states.shape[1:]).index_copy(0, slots, states)
-        return padded.view(batch.rows, batch.length, *states.shape[1:]).transpose(1, 2)
+        padded = states.new_zeros(rows * length, *states.shape[1:]).index_copy(0, slots, states)
+        return padded.view(rows, length, *states.shape[1:]).transpose(1, 2)
 
-    for number, layer in enumerate(text.layers):
-        attention = layer.self_attn
-        normed = rms_norm(layer.input_layernorm, hidden)
-        split = (len(slots), -1, config.head_dim)
-        q = rms_norm(attention.q_norm, attention.q_proj(normed).view(split))
-        k = rms_norm(attention.k_norm, attention.k_proj(normed).view(split))
-        v = attention.v_proj(normed).view(split)
-        q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-        k, v = to_rows(k).repeat_interleave(groups, 1), to_rows(v).repeat_interleave(groups, 1)
-        # Padding stands to the right, where causal attention does not look.
-        mixed = attend(to_rows(q), k, v, causal=True).transpose(1, 2).reshape(batch.rows * batch.length, -1)
-        if number + 1 == config.num_hidden_layers:
-            # Nothing attends to the last layer's output, so it is needed at trained places only.
-            hidden, slots = hidden[predict], slots[predict]
-        hidden = hidden + attention.o_proj(mixed[slots])
-        hidden = hidden + layer.mlp(rms_norm(layer.post_attention_layernorm, hidden))
-        if number + 1 < len(features):
-            hidden = hidden.index_add(0, places, features[number + 1])
-    return F.linear(rms_norm(text.norm, hidden), text.embed_tokens.weight)
+    groups = attention.num_key_value_groups
+    k, v = to_rows(k).repeat_interleave(groups, 1), to_rows(v).repeat_interleave(groups, 1)
+    mixed = attend(to_rows(q), k, v, mask).transpose(1, 2).reshape(rows * length, -1)
+    if wanted is not None:
+        hidden, slots = hidden[wanted], slots[wanted]
+    hidden = hidden + attention.o_proj(mixed[slots])
+    return hidden + layer.mlp(rms_norm(layer.post_attention_layernorm, hidden))
+
+
+def auxiliary_loss(heads: nn.Module, batch: MicroBatch, tokens: torch.Tensor, states: torch.Tensor):
+    """Mean loss of the auxiliary head that fits the micro-batch and the number of its labels, or `None`."""
+    if batch.frames is not None:
+        return heads.text_loss(tokens, batch.grid, torch.from_numpy(batch.frames)), batch.frames.size
+    if batch.labels is not None:
+        return heads.class_loss(states, torch.from_numpy(batch.labels)), len(batch.labels)
+    if batch.shapes is not None:
+        return heads.scene_loss(states, torch.from_numpy(batch.shapes)), batch.shapes.size
+    return None
+
+
+def answer_loss(logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Mean loss of the answers' tokens, those of an answer of n weighted by n ** -0.5, and what to log."""
+    targets = torch.from_numpy(batch.targets)
+    lengths = np.diff(np.append(batch.answer_starts, len(targets)))
+    weights = torch.from_numpy(np.repeat(lengths**-0.5, lengths)).float()
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    right = (logits.argmax(-1) == targets).numpy()
+    whole = np.minimum.reduceat(right, batch.answer_starts)
+    log = {"loss": losses.sum().item(), "correct": int(right.sum()), "tokens": len(targets)}
+    log |= {"whole": int(whole.sum()), "answers": len(whole)}
+    return (losses * weights).sum() / weights.sum(), log
 
 
 def fast_loss(model: nn.Module, heads: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Summed loss of a micro-batch, and what to log.
+    """Weighted loss of a micro-batch, and what to log.
 
     Returns:
-        The loss to differentiate, and `loss` and `correct` (sum over trained tokens), `tokens`, `auxiliary` (sum over
-        rows) and `labels` (class labels or letter frames that sum stands for).
+        The loss to differentiate; `loss` and `correct` (sums over trained `tokens`), `whole` (entirely right
+        `answers`), `auxiliary` (sum over `labels`: classes, letter frames or patches).
     """
     features, states = batch_features(model, batch)
-    loss = torch.zeros(())
-    log = {"loss": 0.0, "correct": 0.0, "tokens": 0, "auxiliary": 0.0, "labels": 0}
-    if batch.frames is not None:
-        auxiliary = heads.text_loss(states, batch.grid, torch.from_numpy(batch.frames))
-        log |= {"auxiliary": auxiliary.item(), "labels": batch.frames.size}
-        loss = FRAME_WEIGHT * auxiliary
-    elif batch.labels is not None:
-        auxiliary = heads.class_loss(states, torch.from_numpy(batch.labels))
-        log |= {"auxiliary": auxiliary.item(), "labels": len(batch.labels)}
-        loss = CLASS_WEIGHT * auxiliary
-    elif batch.shapes is not None:
-        auxiliary = heads.scene_loss(states, torch.from_numpy(batch.shapes))
-        log |= {"auxiliary": auxiliary.item(), "labels": batch.shapes.size}
-        loss = FRAME_WEIGHT * auxiliary
+    loss, log = torch.zeros(()), {}
+    if (auxiliary := auxiliary_loss(heads, batch, features[0], states)) is not None:
+        mean, labels = auxiliary
+        log |= {"auxiliary": mean.item() * labels, "labels": labels}
+        loss = AUXILIARY_WEIGHTS[batch.task] * mean
     if not batch.vision_only:
-        logits = fast_logits(model, batch, features).float()
-        targets = torch.from_numpy(batch.targets)
-        spoken = F.cross_entropy(logits, targets, reduction="sum")
-        right = (logits.argmax(-1) == targets).sum().item()
-        log |= {"loss": spoken.item(), "correct": right, "tokens": len(targets)}
-        loss = loss + spoken
+        logits, notes, gazes = fast_logits(model, batch, features)
+        spoken, counts = answer_loss(logits, batch)
+        log |= counts
+        loss = loss + TASK_WEIGHTS[batch.task] * spoken
+        if len(notes):
+            noted = F.cross_entropy(notes.float(), torch.from_numpy(batch.note_targets))
+            log |= {"noted": noted.item() * len(notes), "notes": len(notes)}
+            loss = loss + NOTE_WEIGHT * noted - GAZE_WEIGHT * gazes.mean()
+            log |= {"gazed": -gazes.sum().item(), "gazes": len(gazes)}
     return loss, log

@@ -53,31 +53,30 @@ class MasterOptimizer:
         self.steps = 0
 
     @torch.no_grad()
-    def step(self, flat_gradients: torch.Tensor, scale: float, divisor: float, clip: float = 1.0) -> float:
+    def step(self, flat_gradients: torch.Tensor, scale: float, clip: float = 1.0) -> float:
         """One update; returns the gradient norm before clipping.
 
         Args:
-            flat_gradients ((processes, parameters), bfloat16): summed, divided by `divisor`, then zeroed in place.
+            flat_gradients ((2, parameters), bfloat16): one row a process; summed and then zeroed in place.
             scale: multiplies both learning rates.
             clip: largest gradient norm.
         """
         self.steps += 1
-        total = flat_gradients.float().sum(0) / divisor
-        flat_gradients.zero_()
+        # All in place and tensor by tensor: fresh memory for all gradients at once costs more than the arithmetic.
+        total = flat_gradients[0].add_(flat_gradients[1])
+        norm = torch.linalg.vector_norm(total, dtype=torch.float32).item()
+        shrink = min(1.0, clip / (norm + 1e-6))
         pieces = total.split([parameter.numel() for parameter in self.parameters.values()])
         gradients = {
             name: piece.view_as(parameter)
             for (name, parameter), piece in zip(self.parameters.items(), pieces, strict=True)
         }
-        norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt().item()
-        shrink = min(1.0, clip / (norm + 1e-6))
         for group in self.muon_groups:
             rows, columns = self.masters[group[0]].flatten(1).shape
             for name in group:
                 self.first[name].mul_(0.95).add_(gradients[name], alpha=0.05 * shrink)
-            stacked = torch.stack(
-                [gradients[name] * 0.05 * shrink + self.first[name] * 0.95 for name in group]
-            ).flatten(2)
+            ahead = (self.first[name] + gradients[name] * (0.05 / 0.95 * shrink) for name in group)
+            stacked = torch.stack([update.to(torch.bfloat16) for update in ahead]).flatten(2)
             updates = orthogonalize(stacked)
             rate = scale * self.muon_lr * max(1.0, rows / columns) ** 0.5
             for name, update in zip(group, updates, strict=True):
@@ -86,7 +85,7 @@ class MasterOptimizer:
                 )
         beta1, beta2 = 0.9, 0.98
         for name in self.adam_names:
-            gradient = gradients[name] * shrink
+            gradient = gradients[name].float() * shrink
             self.first[name].lerp_(gradient, 1 - beta1)
             self.second[name].lerp_(gradient.square(), 1 - beta2)
             mean = self.first[name] / (1 - beta1**self.steps)
@@ -94,6 +93,7 @@ class MasterOptimizer:
             self.masters[name].addcdiv_(mean, root, value=-scale * self.adam_lr)
         for name, parameter in self.parameters.items():
             parameter.copy_(self.masters[name])
+        flat_gradients.zero_()
         return norm
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
@@ -108,8 +108,9 @@ class MasterOptimizer:
         self.steps = steps
         for key, value in tensors.items():
             kind, name = key.split("/", 1)
-            if kind == "second" and name not in self.second:
-                continue
-            getattr(self, {"master": "masters"}.get(kind, kind))[name].copy_(value)
+            table = getattr(self, {"master": "masters"}.get(kind, kind))
+            # Heads that were added or left out since then stay as they are.
+            if name in table:
+                table[name].copy_(value)
         for name, parameter in self.parameters.items():
             parameter.copy_(self.masters[name])

@@ -1,5 +1,6 @@
 """The data of the tiny checkpoint: right answers, fixed seeds, and sets that share nothing with held-out ones."""
 
+import dataclasses
 import math
 import sys
 from collections import Counter
@@ -202,7 +203,48 @@ def test_training_forward_equals_the_model(material, rng):
             image_grid_thw=torch.tensor([[1, *batch.grid]] * len(batch.patches)),
             mm_token_type_ids=(input_ids == model.config.image_token_id).int(),
         ).logits.flatten(0, 1)[slots[torch.from_numpy(batch.predict_index)]]
-        torch.testing.assert_close(fast_logits(model, batch), expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(fast_logits(model, batch)[0], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_questions_asked_apart_equal_questions_asked_alone(material, rng):
+    """Float32 logits of one row with three branches against three rows of one question; tolerance is rounding."""
+    from tiny.model_tiny import MODEL_CLASS, fast_logits, tiny_config
+
+    tokenizer = build_tokenizer(material.names)
+    torch.manual_seed(0)
+    model = MODEL_CLASS(tiny_config(tokenizer)).eval()
+    encoder = data_batches.ConversationEncoder(tokenizer)
+    sample = data_tasks.many_sample(rng, material, "train", 3, kind="shape")
+    alone = [data_tasks.Sample("many", sample.pictures, [turn]) for turn in sample.turns]
+    together, apart = encoder.collate(alone), encoder.collate([dataclasses.replace(sample, apart=True)])
+    assert len(apart.patches) == 3 and len(together.patches) == 3 * len(alone)
+    np.testing.assert_array_equal(together.targets, apart.targets)
+    with torch.no_grad():
+        torch.testing.assert_close(fast_logits(model, apart)[0], fast_logits(model, together)[0], atol=2e-5, rtol=1e-4)
+
+
+def test_notes_stand_at_the_ends_of_pictures(material, rng):
+    tokenizer = build_tokenizer(material.names)
+    sample = data_tasks.many_sample(rng, material, "train", 4, kind="shape")
+    batch = data_batches.ConversationEncoder(tokenizer).collate([sample])
+    ends = np.flatnonzero(batch.input_ids == tokenizer.token_to_id("<|vision_end|>"))
+    words = [tokenizer.decode([token]) for token in batch.note_targets]
+    expected = [word for number, label in enumerate(sample.labels) for word in (str(number + 1), *label.split()[1:])]
+    assert [word.strip() for word in words] == expected
+    np.testing.assert_array_equal(batch.note_index, np.repeat(ends, 3))
+
+
+def test_questions_look_at_what_they_name(material):
+    tokenizer = build_tokenizer(material.names)
+    objects = scene(("circle", "red", 20, 20), ("cross", "blue", 80, 50))
+    picture = np.zeros((96, 96, 3), np.uint8)
+    turns = [("What colour is the cross?", "blue"), ("Is the red circle left or right of the blue cross?", "left")]
+    sample = data_tasks.Sample("scene", [picture], turns, {"objects": objects}, apart=True)
+    row = data_batches.ConversationEncoder(tokenizer).encode(sample)
+    first = row.ids.index(tokenizer.token_to_id("<|image_pad|>"))
+    looks = [(tokenizer.decode([row.ids[named]]).strip(), place - first) for named, place in row.gazes]
+    # The circle stands in the first of nine picture tokens, the cross in the sixth.
+    assert looks == [("cross", 5), ("circle", 0), ("cross", 5)]
 
 
 def test_encoder_writes_what_the_chat_template_writes(material, rng):
@@ -219,9 +261,9 @@ def test_encoder_writes_what_the_chat_template_writes(material, rng):
             messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
     text = tokenizer.apply_chat_template(messages, tokenize=False).replace("<|image_pad|>", "<|image_pad|>" * 4)
-    ids, _, trained = data_batches.ConversationEncoder(build_tokenizer(material.names)).encode(sample)
-    assert tokenizer(text.rstrip("\n"))["input_ids"] == ids
-    answers = tokenizer.decode([token for token, is_trained in zip(ids, trained, strict=True) if is_trained])
+    row = data_batches.ConversationEncoder(build_tokenizer(material.names)).encode(sample)
+    assert tokenizer(text.rstrip("\n"))["input_ids"] == row.ids
+    answers = tokenizer.decode([token for token, is_trained in zip(row.ids, row.trained, strict=True) if is_trained])
     assert answers == "".join(f"{answer}<|im_end|>" for _, answer in sample.turns)
 
 

@@ -1,0 +1,111 @@
+"""What techniques cost in right answers: `scripts/evaluate --techniques`.
+
+The same held-out questions, one run a profile. Prompts here have a few hundred tokens, so the sparse techniques get
+small blocks; their defaults would compute everything. Writes `docs/bench/quality.json` and a plot.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from .data_evaluation import evaluation_set
+from .data_material import REPOSITORY
+from .evaluate import evaluate_model, load_checkpoint, make_inputs
+
+
+SMALL_BLOCKS = {"query_block": 16, "key_block": 16, "window_tokens": 8}
+DYNAMIC = {**SMALL_BLOCKS, "stride": 8, "min_blocks": 1, "min_pages": 2, "dense_below_tokens": 0}
+SMALL_PAGES = {"page_tokens": 8}
+PROFILES = {
+    "plain": {},
+    "exact, paged cache, decode_linear": {"qwen3_vl_exact": {}, "paged_cache": {}, "decode_linear": {}},
+    "memory-efficient": {"qwen3_vl_memory_efficient": {}},
+    "block sparse": {"qwen3_vl_block_sparse": {**SMALL_BLOCKS, "sink_tokens": 4}},
+    **{
+        f"dynamic sparse, mass {threshold}, {share:.0%} of pages": {
+            "qwen3_vl_dynamic_sparse": {**DYNAMIC, "threshold": threshold, "decode_share": share},
+            "paged_cache": SMALL_PAGES,
+        }
+        for threshold, share in ((0.95, 0.5), (0.8, 0.25), (0.5, 0.125))
+    },
+}
+COLUMNS = {
+    "emoji_twemoji": "emoji",
+    "text_characters": "text, by character",
+    "digit": "digit",
+    "scenes": "all scenes",
+    "which_9_16": "which of 9 to 16",
+}
+LONGEST_TASK, DENSITY_SAMPLES = "which_9_16", 12
+
+
+def measure_profiles(folder: str, limit: int | None = None) -> dict[str, dict]:
+    """Rows of [`evaluate_model`] for every profile, all on one model."""
+    from qwen3_vl.optim.registry_optim import apply_techniques
+
+    model, processor = load_checkpoint(folder)
+    results = {}
+    for name, profile in PROFILES.items():
+        model.config.optim = profile or None
+        techniques = apply_techniques(model)
+        results[name] = evaluate_model(model, processor, limit=limit)["rows"]
+        results[name]["density"] = measure_density(model, processor)
+        for technique in reversed(techniques):
+            technique.revert(model)
+        model.active_techniques = []
+        print_row(name, results)
+    return results
+
+
+def measure_density(model, processor) -> dict[str, float]:
+    """Share of the causal pairs that dynamic sparse attention computes on the longest prompts; empty for others."""
+    from qwen3_vl import DynamicSparseAttention
+
+    inputs = make_inputs(processor, evaluation_set(LONGEST_TASK, None, DENSITY_SAMPLES))
+    shares = {}
+    for phase, new_tokens in (("prefill", 1), ("decode", 4)):
+        model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+        layers = DynamicSparseAttention.last_density(model)
+        if layers:
+            shares[phase] = sum(layers) / len(layers)
+    return shares
+
+
+def print_row(name: str, results: dict[str, dict]) -> None:
+    rows = results[name]
+    cells = [f"{label} {100 * rows[key]['accuracy']:.1f} %" for key, label in COLUMNS.items() if key in rows]
+    computed = [f"{phase} {100 * share:.0f} % computed" for phase, share in rows["density"].items()]
+    print(f"{name}: {', '.join(cells + computed)}", flush=True)
+
+
+def draw_profiles(results: dict[str, dict], path: Path) -> None:
+    """Points lost against the plain model by kind of question, with the standard error of the difference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plain, names = results["plain"], [name for name in results if name != "plain"]
+    columns = {key: label for key, label in COLUMNS.items() if key in plain}
+    figure, axes = pyplot.subplots(1, len(columns), figsize=(11, 0.45 * len(names) + 1.2), sharey=True)
+    for axis, (key, label) in zip(axes, columns.items(), strict=True):
+        changes = [100 * (results[name][key]["accuracy"] - plain[key]["accuracy"]) for name in names]
+        share, count = plain[key]["accuracy"], plain[key]["n"]
+        noise = 100 * math.sqrt(2 * share * (1 - share) / count)
+        axis.axvspan(-noise, noise, color="#dddddd", label="standard error of two independent runs")
+        axis.barh(names[::-1], changes[::-1], color=["#4c72b0" if x >= -noise else "#c44e52" for x in changes[::-1]])
+        axis.axvline(0, color="#333333", linewidth=0.8)
+        axis.set_title(f"{label}\nplain {100 * share:.1f} %", fontsize=10)
+        axis.set_xlabel("points")
+    figure.suptitle("Right answers on the tiny checkpoint, change against the plain model")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def report_techniques(folder: str, limit: int | None = None, out: Path = REPOSITORY / "docs" / "bench") -> None:
+    results = measure_profiles(folder, limit)
+    summary = {"profiles": PROFILES, "results": results}
+    (out / "quality.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    draw_profiles(results, out / "quality.png")
+    print(f"wrote {out / 'quality.json'} and quality.png")
