@@ -173,16 +173,16 @@ class Qwen3VLAttention(nn.Module):
 def update_cache(cache: Cache, key: torch.Tensor, value: torch.Tensor, layer_idx: int, attend, kwargs: dict):
     """Extends a cache (port 2) and returns keys, values and keywords for the attention function.
 
-    An attention function that `reads_cache_layer` and a layer that shows its pages meet without copying the history:
-    the function gets the new keys and values, and the layer as `kv_layer`.
+    An attention function that `reads_cache_layer` and a layer with a `reader` meet without copying the history: the
+    function gets the reader as `kv_layer`, and as keys and values what the layer has at hand, the new ones at least.
     """
     layers = cache.layers
     trained = torch.is_grad_enabled() and key.requires_grad  # the history in the pages has no gradient: say so
     in_place = getattr(attend, "reads_cache_layer", False) and not trained and layer_idx < len(layers)
-    if not in_place or not hasattr(layers[layer_idx], "page_view"):
+    if not in_place or getattr(layers[layer_idx], "reader", None) is None:
         return *cache.update(key, value, layer_idx), kwargs
     key, value = cache.update(key, value, layer_idx, dense=False)
-    return key, value, {**kwargs, "kv_layer": layers[layer_idx]}
+    return key, value, {**kwargs, "kv_layer": layers[layer_idx].reader}
 
 
 class Qwen3VLTextMLP(nn.Module):
@@ -292,7 +292,7 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=text_position_ids,
         )
-        if any(reads_visual_runs(layer.self_attn.config) for layer in self.layers):
+        if any(map(reads_visual_runs, {layer.self_attn.config._attn_implementation for layer in self.layers})):
             kwargs["visual_runs"] = note_visual_runs(inputs_embeds, visual_pos_masks, past_key_values)
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -328,9 +328,9 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
         return None, position_ids
 
 
-def reads_visual_runs(config: Qwen3VLTextConfig) -> bool:
-    """Whether the attention implementation asks which tokens are of which picture."""
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+def reads_visual_runs(implementation: str) -> bool:
+    """Whether an attention implementation asks which tokens are of which picture."""
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     return getattr(attend, "reads_visual_runs", False)
 
 

@@ -1,7 +1,16 @@
 """What every technique is: something applied to a built model and taken off again."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar
+
+
+def refuse_unknown(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises a `ValueError` if one of the settings `given` to a technique or mechanism is not `known`."""
+    known = list(known)
+    unknown = [setting for setting in given if setting not in known]
+    if unknown:
+        raise ValueError(f"{name} has no setting {unknown[0]!r}; it takes {', '.join(known) or 'none'}.")
 
 
 class Technique(ABC):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .adaptive_settings import DEFAULTS, AdaptiveSettings, Rules
-from .attention_exact import reads_history
+from .attention_exact import find_history
 from .attention_kernels import is_decoding
 from .attention_layout import AttentionLayout, register_attention
 from .attention_mechanisms import ADAPTIVE, FORWARDS, PHASES, AttentionMechanisms
@@ -54,7 +54,7 @@ def adaptive_attention_forward(
     attend = FORWARDS[choose_mechanism(module, query, key, attention_mask, kv_layer)]
     if getattr(attend, "reads_cache_layer", False):
         kwargs["kv_layer"] = kv_layer
-    elif reads_history(kv_layer, key) is not None:
+    elif find_history(key, value, kv_layer)[2] is not None:
         key, value = kv_layer.dense()
     return attend(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
@@ -137,7 +137,7 @@ class AdaptiveAttention(AttentionTechnique):
         super().apply(model)
         self._replaced = before
         for module, name, settings in own:
-            module.attention_settings[name] = settings
+            put_settings(module, name, settings)
 
     def revert(self, model) -> None:
         super().revert(model)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from .attention_exact import reads_history
+from .attention_exact import find_history
 from .attention_flex import flex_blocks
 from .attention_kernels import attend_blocks, attend_decode, is_decoding
 from .attention_layout import AttentionLayout, check_layout, register_attention
@@ -98,7 +98,7 @@ def block_sparse_attention(
     Raises:
         ValueError: for a dense mask, dropout, attention weights asked for, or `visual_runs` of another shape.
     """
-    kv_layer = reads_history(kv_layer, key)
+    key, value, kv_layer = find_history(key, value, kv_layer, in_pages=True)
     keys = key.shape[2] if kv_layer is None else kv_layer.get_seq_length()
     layout = sparse_layout(NAME, module, query, key, attention_mask, dropout, is_causal, keys, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .attention_block_sparse import attend_listed, sparse_layout
-from .attention_exact import reads_history
+from .attention_exact import find_history
 from .attention_kernels import attend_blocks, attend_decode
 from .attention_layout import AttentionLayout, register_attention
 from .attention_technique import AttentionTechnique, attention_modules, settings_of
@@ -130,7 +130,7 @@ def dynamic_sparse_attention(
     Raises:
         ValueError: for a dense mask, dropout, or attention weights asked for.
     """
-    kv_layer = reads_history(kv_layer, key)
+    key, value, kv_layer = find_history(key, value, kv_layer, in_pages=True)
     keys = key.shape[2] if kv_layer is None else kv_layer.get_seq_length()
     layout = sparse_layout(NAME, module, query, key, attention_mask, dropout, is_causal, keys, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -39,7 +39,7 @@ def exact_attention_forward(
         query (`torch.Tensor`): (B, H, T, D).
         key, value (`torch.Tensor`): (B, HK, S, D); the new tokens alone where `kv_layer` holds the history.
         attention_mask: an [`AttentionLayout`], a dense mask (B, 1, T, S), or padding flags (B, S).
-        kv_layer (*optional*): a cache layer that is read in place, see [`PagedLayer`].
+        kv_layer (*optional*): a cache layer that is read in place, see [`find_history`].
     Returns:
         (B, T, H, D), and `None` for the weights.
     Raises:
@@ -48,7 +48,7 @@ def exact_attention_forward(
     refuse_attention_weights(module, NAME, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kv_layer = reads_history(kv_layer, key)
+    key, value, kv_layer = find_history(key, value, kv_layer)
     keys = key.shape[2] if kv_layer is None else kv_layer.get_seq_length()
     mask = check_layout(attention_mask, query, key, causal, keys)
     if isinstance(mask, torch.Tensor) or dropout or _is_traced_or_trained(query, key, value):
@@ -64,11 +64,21 @@ def exact_attention_forward(
 exact_attention_forward.reads_cache_layer = True
 
 
-def reads_history(kv_layer, key: torch.Tensor):
-    """The cache layer if it holds more than the new keys, else `None`, since those are at hand."""
-    if kv_layer is None or kv_layer.get_seq_length() == key.shape[2]:
-        return None
-    return kv_layer
+def find_history(key: torch.Tensor, value: torch.Tensor, kv_layer, in_pages: bool = False):
+    """Where a call finds its keys and values.
+
+    Args:
+        key, value (`torch.Tensor`): (B, HK, S, D), what the cache gave back.
+        kv_layer (*optional*): a cache layer to read in place; see [`update_cache`].
+        in_pages (`bool`): whether the caller reads nothing but pages; other layers are gathered for it.
+    Returns:
+        keys, values, and the layer that holds more than those, or `None`.
+    """
+    if kv_layer is None or kv_layer.get_seq_length() <= key.shape[2]:
+        return key, value, None
+    if in_pages and not hasattr(kv_layer, "page_view"):
+        return *kv_layer.dense(), None
+    return key, value, kv_layer
 
 
 def attend_with_sdpa(

@@ -38,10 +38,13 @@ def attend_decode(
         key, value (`torch.Tensor`): (B, HK, S, D), all of them, or the new ones alone where `kv_layer` is given.
         layout (`AttentionLayout`, *optional*): what a query may see; `None` for everything.
         page_map (`PageMap`, *optional*): the pages that each KV head reads; with `kv_layer`, of its page size.
-        kv_layer (*optional*): a cache layer with `page_view` and `dense` that holds the history.
+        kv_layer (*optional*): a cache layer that holds the history: with `page_view` and `dense`, or with
+            `attend(query, layout, scaling)`, which then does the whole.
     Returns:
         (B, T, H, D); zeros for queries that see nothing.
     """
+    if reads_itself(kv_layer) and page_map is None:
+        return kv_layer.attend(query, layout, scaling)
     if supports(query, key, value) and query.shape[-1] % 16 == 0 and (layout is None or layout.segments is None):
         view = None if kv_layer is None else kv_layer.page_view()
         if page_map is not None:
@@ -67,6 +70,8 @@ def attend_blocks(
     kv_layer=None,
 ) -> torch.Tensor:
     """As [`attend_decode`] for many queries; blocks that `block_map` leaves out are not computed."""
+    if reads_itself(kv_layer) and block_map is None:
+        return kv_layer.attend(query, layout, scaling)
     if supports(query, key, value) and _native_tiles_win(query, key, layout, block_map, kv_layer):
         view = None if kv_layer is None else kv_layer.page_view()
         if block_map is not None:
@@ -75,6 +80,11 @@ def attend_blocks(
     if kv_layer is not None:
         key, value = kv_layer.dense()
     return plain_blocks(query, key, value, layout, scaling, block_map)
+
+
+def reads_itself(kv_layer) -> bool:
+    """Whether a cache layer holds its history in a form that it alone can read, as quantized ones do."""
+    return kv_layer is not None and not hasattr(kv_layer, "page_view")
 
 
 def _native_tiles_win(query, key, layout, block_map, kv_layer) -> bool:

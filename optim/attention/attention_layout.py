@@ -67,30 +67,19 @@ def layout_mask(
     A pattern other than causal, padded or packed comes back as a dense boolean mask (B, 1, queries, keys), which an
     implementation takes or refuses.
     """
-    if torch.compiler.is_compiling():
-        # Offsets and padding may not be read in a graph.
-        return _dense_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device, kwargs
-        )
-    offset = int(q_offset) - kv_offset
-    valid = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if valid is not None:
-        valid = valid[:, kv_offset : kv_offset + kv_length].bool()
-        # Behind the last query causality hides everything, the unused places of a preallocated cache among it.
-        valid = None if bool(valid[:, : offset + q_length].all()) else valid
-    layout = AttentionLayout(offset, valid)
-    if mask_function is causal_mask_function:
-        return layout
-    if valid is None and layout.query_offset == 0 and q_length == kv_length and not kwargs.get("use_vmap"):
-        segments = _packed_segments(mask_function, batch_size, q_length, device)
-        if segments is not None:
-            return replace(layout, segments=segments)
-    return _dense_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device, kwargs
-    )
-
-
-def _dense_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device, kwargs):
+    # Offsets and padding may not be read in a graph.
+    if not torch.compiler.is_compiling():
+        offset, valid = int(q_offset) - kv_offset, prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        if valid is not None:
+            valid = valid[:, kv_offset : kv_offset + kv_length].bool()
+            # Behind the last query causality hides everything, the unused places of a preallocated cache among it.
+            valid = None if bool(valid[:, : offset + q_length].all()) else valid
+        if mask_function is causal_mask_function:
+            return AttentionLayout(offset, valid)
+        if valid is None and offset == 0 and q_length == kv_length and not kwargs.get("use_vmap"):
+            segments = _packed_segments(mask_function, batch_size, q_length, device)
+            if segments is not None:
+                return AttentionLayout(0, segments=segments)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
+from ..technique_optim import refuse_unknown
 from .attention_block_sparse import BlockSparseAttention, block_sparse_attention
 from .attention_dynamic_sparse import DynamicSparseAttention, dynamic_sparse_attention
 from .attention_exact import FlashAttention2, exact_attention_forward
@@ -50,9 +51,7 @@ class Mechanism:
             ValueError: for an unknown or invalid setting.
         """
         known = [field.name for field in fields(self.technique.settings_class)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise ValueError(f"{self.name} has no setting {unknown[0]!r}; it takes {', '.join(known) or 'none'}.")
+        refuse_unknown(self.name, values, known)
         return self.technique.settings_class(**values)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from ..technique_optim import Technique
+from ..technique_optim import Technique, refuse_unknown
 
 
 class AttentionTechnique(Technique):
@@ -16,10 +16,7 @@ class AttentionTechnique(Technique):
     parts: ClassVar[tuple[str, ...]] = ("text_config", "vision_config")
 
     def __init__(self, config=None, **settings: Any):
-        known = [field.name for field in fields(self.settings_class)]
-        unknown = [name for name in settings if name not in known]
-        if unknown:
-            raise ValueError(f"{self.name} has no setting {unknown[0]!r}; it takes {', '.join(known) or 'none'}.")
+        refuse_unknown(self.name, settings, (field.name for field in fields(self.settings_class)))
         super().__init__(**settings)
         self.options = self.settings_class(**settings)
         self._before: dict[str, str] | None = None

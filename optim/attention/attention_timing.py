@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import torch
 
 from ..cache.cache_paged import PagedLayer
+from ..user_cache import user_cache_folder
 from .attention_exact import NAME as EXACT
 from .attention_layout import AttentionLayout
 from .attention_mechanisms import ADAPTIVE, FORWARDS, PHASES, AttentionMechanisms
@@ -252,8 +253,7 @@ def timing_path(path: str | Path | None = None) -> Path:
     """`path`, or the file in the user's cache (`XDG_CACHE_HOME` counts)."""
     if path is not None:
         return Path(path)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qwen3_vl" / "attention_timing.json"
+    return user_cache_folder() / "attention_timing.json"
 
 
 def save_timing(run: dict, path: str | Path | None = None) -> Path:

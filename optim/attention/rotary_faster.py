@@ -3,7 +3,7 @@
 import torch
 
 from ..native.native_layout import native_layout, supports_layout
-from ..technique_optim import Technique
+from ..technique_optim import Technique, refuse_unknown
 
 
 # One token, or a few that an assistant drafted, of many rows. Beyond that, reading the positions costs what it saves.
@@ -35,8 +35,7 @@ class FasterRotaryEmbeddings(Technique):
     exact = True
 
     def __init__(self, config=None, table_positions: int = 32768, **unknown):
-        if unknown:
-            raise ValueError(f"{self.name} has no setting {next(iter(unknown))!r}; it takes table_positions.")
+        refuse_unknown(self.name, unknown, ("table_positions",))
         if not isinstance(table_positions, int) or table_positions < 0:
             raise ValueError(f"table_positions must be a whole number, 0 for no table, got {table_positions!r}.")
         super().__init__(table_positions=table_positions)

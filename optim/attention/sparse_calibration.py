@@ -11,7 +11,7 @@ from ..technique_optim import Technique
 from .attention_dynamic_sparse import DynamicSparseAttention, DynamicSparseSettings, estimate_mass, pages_to_read
 from .attention_exact import exact_attention_forward
 from .attention_layout import AttentionLayout, check_layout, register_attention
-from .attention_technique import AttentionTechnique, attention_modules, refuse_dense_mask, settings_of
+from .attention_technique import AttentionTechnique, attention_modules, put_settings, refuse_dense_mask, settings_of
 from .block_map import anchor_blocks, blocks_of, visible_pairs
 from .block_selection import page_bounds, select_blocks, select_pages
 
@@ -121,7 +121,7 @@ class AdaptiveSparse(Technique):
         for layer, budget in budgets.items():
             shares = {name: tuple(values) for name, values in budget.items()}
             module = modules[layer]
-            module.attention_settings[self._dynamic.name] = replace(self._dynamic.options, **shares)
+            put_settings(module, self._dynamic.name, replace(self._dynamic.options, **shares))
 
     def revert(self, model) -> None:
         self._dynamic.revert(model)

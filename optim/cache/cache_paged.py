@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from ..technique_optim import Technique
+from ..technique_optim import Technique, refuse_unknown
 from .memory_pool import MemoryPool, NoPickle, PageBlock, PagePools, PageView, page_blocks, page_runs, require_positive
 
 
@@ -80,6 +80,11 @@ class PagedLayer(NoPickle, CacheLayerMixin):
         shape = (self.pool.page_tokens, self.pool.head_dim)
         gathered = (self._gather(storage, shape).flatten(2, 3) for storage in (self.pool.keys, self.pool.values))
         return tuple(states[:, :, : self._length] for states in gathered)
+
+    @property
+    def reader(self) -> "PagedLayer":
+        """What an attention function reads in place of a dense history."""
+        return self
 
     @torch.compiler.disable
     def page_view(self) -> PageView:
@@ -305,11 +310,12 @@ class PagedLayer(NoPickle, CacheLayerMixin):
 
     def _gather(self, storage: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         """(B, KV heads, pages, *shape) of a storage (pool pages, KV heads, *shape)."""
-        heads, (rows, columns) = self.pool.kv_heads, self._table.shape
-        if self._gather_index is None:
-            index = self._table[:, None, :] * heads + np.arange(heads, dtype=np.int32)[:, None]
-            self._gather_index = torch.from_numpy(index.reshape(-1)).to(self.device)
-        return storage.view(-1, *shape).index_select(0, self._gather_index).view(rows, heads, columns, *shape)
+        heads, (rows, columns), capacity = self.pool.kv_heads, self._table.shape, len(storage)
+        if self._gather_index is None or self._gather_index[0] != capacity:
+            index = self._table[:, None, :] + np.arange(heads, dtype=np.int32)[:, None] * capacity
+            self._gather_index = capacity, torch.from_numpy(index.reshape(-1)).to(self.device)
+        pages = storage.transpose(0, 1).view(-1, *shape)  # of one head, one head after the other
+        return pages.index_select(0, self._gather_index[1]).view(rows, heads, columns, *shape)
 
     def _take_rows(self, rows: np.ndarray) -> None:
         old, new = self._table, self._table[rows]
@@ -428,8 +434,7 @@ class PagedCache(Technique):
     exact = True
 
     def __init__(self, config=None, page_tokens: int = 64, max_bytes: int | None = None, **unknown):
-        if unknown:
-            raise ValueError(f"{self.name} does not know {sorted(unknown)}; it takes page_tokens and max_bytes.")
+        refuse_unknown(self.name, unknown, ("page_tokens", "max_bytes"))
         super().__init__(page_tokens=page_tokens, max_bytes=max_bytes)
         self._shared = PagePools(page_tokens, max_bytes)
 

@@ -37,7 +37,7 @@ class PoolStatistics:
         pages_held, pages_free (`int`): pages in use, and pages that may still be taken.
         bytes_held (`int`): keys, values and bounds of the pages in use.
         bytes_resident (`int`): of all pages that were ever in use; this memory stays with the pool until it goes.
-            Where the system uses pages of 2 MiB, each of three storages is rounded up to those.
+            Where the system uses pages of 2 MiB, the keys and the values of each head are rounded up to those.
     """
 
     pages_held: int
@@ -49,10 +49,11 @@ class PoolStatistics:
 class MemoryPool(NoPickle):
     """Pages of keys and values for layers of one shape, dtype and device.
 
-    A page holds `page_tokens` tokens of all KV heads, contiguous for each head:
-    `keys` and `values` (pages, kv_heads, page_tokens, head_dim), and `bounds` (pages, kv_heads, 2, head_dim) with the
-    smallest and largest key of each channel over the tokens written. Whoever holds pages keeps their numbers; a page
-    that several hold is copied by the one who writes to it.
+    A page holds `page_tokens` tokens of all KV heads: `keys` and `values` (pages, kv_heads, page_tokens, head_dim),
+    and `bounds` (pages, kv_heads, 2, head_dim) with the smallest and largest key of each channel over the tokens
+    written. In memory the heads are outermost, so that neighbouring pages of a head are one run: attention reads
+    that at the speed of a dense history, and single pages a quarter slower. Whoever holds pages keeps their numbers;
+    a page that several hold is copied by the one who writes to it.
 
     On a CPU the whole limit is reserved as address space at once and becomes memory page by page as it is written, so
     growing never copies. Where that is not possible (other devices, strict overcommit), a pool with a limit takes it
@@ -196,15 +197,17 @@ class MemoryPool(NoPickle):
         return min(limit for limit in limits if limit is not None)
 
     def _shapes(self, pages: int) -> tuple[tuple[int, ...], ...]:
-        states = (pages, self.kv_heads, self.page_tokens, self.head_dim)
-        return states, states, (pages, self.kv_heads, 2, self.head_dim)
+        """Of keys, values and bounds as they lie in memory."""
+        states = (self.kv_heads, pages, self.page_tokens, self.head_dim)
+        return states, states, (self.kv_heads, pages, 2, self.head_dim)
 
     def _reserve(self) -> bool:
         """Tries to reserve the whole limit as address space."""
         if self.device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
             return False
         try:
-            self._use(*(map_memory(shape, self.dtype) for shape in self._shapes(self.limit)))
+            states, _, bounds = self._shapes(self.limit)
+            self._use(*(map_memory(states, self.dtype, huge=True) for _ in range(2)), map_memory(bounds, self.dtype))
         except (OSError, OverflowError, ValueError):
             return False
         self._lazy = True
@@ -224,14 +227,14 @@ class MemoryPool(NoPickle):
                 ) from None
             for new, old in zip(storages, (self.keys, self.values, self.bounds), strict=True):
                 if old is not None:
-                    new[: self.capacity].copy_(old)
+                    new[:, : self.capacity].copy_(old.transpose(0, 1))
         self._use(*storages)
 
-    def _use(self, keys, values, bounds) -> None:
-        self.keys, self.values, self.bounds = keys, values, bounds
-        if len(keys) > self.capacity:
-            self._free.give(self.capacity, len(keys))
-        self.capacity = len(keys)
+    def _use(self, *storages: torch.Tensor) -> None:
+        self.keys, self.values, self.bounds = (storage.transpose(0, 1) for storage in storages)
+        if len(self.keys) > self.capacity:
+            self._free.give(self.capacity, len(self.keys))
+        self.capacity = len(self.keys)
 
     def _grow(self, pages: int) -> None:
         held = self.capacity - self._free.count
@@ -301,7 +304,8 @@ class PageView:
     behind `length` tokens is undefined. Good until the layer changes.
 
     Args:
-        keys, values (`torch.Tensor`): (pool pages, KV heads, page_tokens, head_dim), the pool's own storage.
+        keys, values (`torch.Tensor`): (pool pages, KV heads, page_tokens, head_dim), the pool's own storage; each
+            page of a head is contiguous.
         table (`torch.Tensor`): (B, pages) int32.
         length (`int`): tokens in each row.
         page_tokens (`int`): tokens a page.
@@ -413,8 +417,8 @@ def page_runs(pages: np.ndarray) -> list[tuple[int, int]]:
     return list(zip([0, *edges], [*edges, len(pages)], strict=True))
 
 
-def map_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros on the CPU that take memory only where they are written.
+def map_memory(shape: tuple[int, ...], dtype: torch.dtype, huge: bool = False) -> torch.Tensor:
+    """Zeros on the CPU that take memory only where they are written, `huge`: by pages of 2 MiB if the system can.
 
     `torch.empty` would do for most, but fills what it returns under `torch.use_deterministic_algorithms`.
     Raises:
@@ -422,7 +426,7 @@ def map_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """
     size = int(np.prod(shape, dtype=np.int64))
     space = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size * dtype.itemsize >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+    if huge and size * dtype.itemsize >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         # The first write to a page of 4 KiB costs more than the write itself; of 2 MiB, a third of that.
         with contextlib.suppress(OSError):
             space.madvise(mmap.MADV_HUGEPAGE)

@@ -10,11 +10,13 @@ import ctypes
 import torch
 
 from .native_blocks_source import BLOCKS_SOURCE
-from .native_build import load_library
+from .native_build import load_library, takes_native
 from .native_common_source import COMMON_SOURCE
 from .native_decode_source import DECODE_SOURCE
 
 
+# Joined once: the library is looked up by it at every call.
+ATTENTION_SOURCE = COMMON_SOURCE + DECODE_SOURCE + BLOCKS_SOURCE
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 _STRIDES = tuple(f"{name}_{axis}" for name in ("query", "key", "value", "out") for axis in "bht")
 _SIZES = ("batch", "heads", "kv_heads", "queries", "keys", "dim", "offset")
@@ -38,7 +40,7 @@ class _Call(ctypes.Structure):
 
 def kernels():
     """The library, or `None`."""
-    return load_library("attention", COMMON_SOURCE + DECODE_SOURCE + BLOCKS_SOURCE)
+    return load_library("attention", ATTENTION_SOURCE)
 
 
 def has_bf16_products() -> bool:
@@ -51,13 +53,10 @@ def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> boo
     """Whether the kernels take these tensors; they have no backward and no place in a traced graph."""
     tensors = (query, key, value)
     return (
-        not torch.compiler.is_compiling()
-        and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
-        and all(x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
-        and query.dtype in (torch.float32, torch.bfloat16)
+        takes_native(*tensors)
+        and all(x.stride(-1) == 1 for x in tensors)
         and key.dtype == value.dtype == query.dtype
         and value.shape == key.shape
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and kernels() is not None
     )
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..user_cache import user_cache_folder
+
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +53,17 @@ def load_library(name: str, source: str, flags: tuple[str, ...] = ()) -> ctypes.
         return _without(name, detail.strip().splitlines()[0] if detail.strip() else type(error).__name__)
 
 
+def takes_native(*tensors: torch.Tensor) -> bool:
+    """Whether native kernels may see these tensors at all: they have no backward and no place in a traced graph."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and all(type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
+        and all(x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    )
+
+
 def _without(name: str, reason: str) -> None:
     logger.warning_once(f"native {name} kernels are off, plain PyTorch runs instead: {reason}.")
 
@@ -78,8 +91,7 @@ def _processor() -> str:
 
 def _cache_folder() -> Path:
     """A folder that only this user can write, since what lies there is run."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("QWEN3_VL_NATIVE_CACHE") or Path(base) / "qwen3_vl" / "native")
+    folder = Path(os.environ.get("QWEN3_VL_NATIVE_CACHE") or user_cache_folder() / "native")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     foreign = hasattr(os, "getuid") and status.st_uid != os.getuid()

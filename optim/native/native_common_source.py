@@ -72,6 +72,8 @@ static inline bf16 to_bf16(float x) {  // to nearest even
   std::memcpy(&bits, &x, 4);
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
+static inline void put(float *to, float x) { *to = x; }
+static inline void put(bf16 *to, float x) { *to = x != x ? 0x7fc0 : to_bf16(x); }  // NaN stays NaN
 static inline void store(float *p, v16 x) { std::memcpy(p, &x, 64); }
 static inline void store(bf16 *p, v16 x) {
   u16v bits;

@@ -77,12 +77,12 @@ static void decode_rows(const Call &c, int64_t b, int64_t h, const Span *spans, 
   auto value_at = [&](const Span &span) {
     return token<T>(c, c.value, c.value_b, c.value_h, c.value_t, b, h, span.start);
   };
+  const T *first_value = value_at(spans[0]);
   int at = 0;
   for (int s = 0; s < n; s++) {
     const Span &span = spans[s];
     float *here[R];
     for (int r = 0; r < R; r++) here[r] = scores[r] + at;
-    const T *first_value = value_at(spans[0]);
     score_span<R>(key_at(span), s + 1 < n ? key_at(spans[s + 1]) : first_value, c.key_t, span.count, rows,
                   (int)(c.dim / 16), here);
     for (int r = 0; r < R; r++) {
@@ -157,7 +157,7 @@ template <class T> static int decode(const Call &c) {
 
   // Queries as float32, scaled, one row after the other: (B, KV heads, group, queries, D).
   int threads = thread_count(c);
-  int64_t scratch_size = 4 * ((longest + 15) / 16 * 16);
+  int64_t scratch_size = std::max(4 * ((longest + 15) / 16 * 16), c.dim);
   const size_t wanted =
       c.batch * c.kv_heads * rows * c.dim + tasks.size() * rows * part_stride + threads * scratch_size + 64;
   std::unique_ptr<float, decltype(&std::free)> memory(
@@ -203,18 +203,16 @@ template <class T> static int decode(const Call &c) {
         float most = NEG, total = 0;
         for (int64_t n = first; n < end; n++) most = std::max(most, parts[(n * rows + r) * part_stride]);
         float base = most == NEG ? 0.0f : most;
-        T *to = (T *)c.out + b * c.out_b + head * c.out_h + t * c.out_t;
-        for (int64_t d = 0; d < c.dim; d += 16) {
-          v16 acc{};
-          total = 0;
-          for (int64_t n = first; n < end; n++) {
-            const float *part = parts + (n * rows + r) * part_stride;
-            float weight = std::exp2(part[0] - base);
-            total += weight * part[1];
-            acc += load(part + 16 + d) * weight;
-          }
-          store(to + d, total == 0 ? v16{} : acc / total);
+        float *sums = scratch;  // no task runs any more
+        std::fill(sums, sums + c.dim, 0.0f);
+        for (int64_t n = first; n < end; n++) {
+          const float *part = parts + (n * rows + r) * part_stride;
+          float weight = std::exp2(part[0] - base);
+          total += weight * part[1];
+          for (int64_t d = 0; d < c.dim; d += 16) store(sums + d, load(sums + d) + load(part + 16 + d) * weight);
         }
+        T *to = (T *)c.out + b * c.out_b + head * c.out_h + t * c.out_t;
+        for (int64_t d = 0; d < c.dim; d += 16) store(to + d, total == 0 ? v16{} : load(sums + d) / total);
       }
   return 0;
 }

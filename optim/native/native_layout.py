@@ -4,31 +4,15 @@ import ctypes
 
 import torch
 
-from .native_build import load_library
+from .native_build import load_library, takes_native
+from .native_common_source import COMMON_SOURCE
 
 
 # Every product is rounded before it is added, as PyTorch does it, so that results are bit-equal to the plain ones.
 EXACT_FLAGS = ("-ffp-contract=off",)
-LAYOUT_SOURCE = r"""
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-
-typedef uint16_t bf16;
-static inline float to_float(float x) { return x; }
-static inline float to_float(bf16 x) {
-  uint32_t bits = (uint32_t)x << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-static inline void put(float *to, float x) { *to = x; }
-static inline void put(bf16 *to, float x) {  // to nearest even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  *to = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
+LAYOUT_SOURCE = (
+    COMMON_SOURCE
+    + r"""
 // qkv (tokens, 3, heads, dim) to out (3, heads, tokens, dim), the first two parts rotated by angles (tokens, dim / 2).
 template <class T>
 static void lay_out(const T *qkv, const float *cos, const float *sin, T *out, int64_t tokens, int64_t heads,
@@ -60,6 +44,7 @@ extern "C" void qwen3_vl_lay_out(const void *qkv, const float *cos, const float 
   else lay_out((const float *)qkv, cos, sin, (float *)out, tokens, heads, dim, threads);
 }
 """
+)
 
 
 def layout_kernel():
@@ -70,12 +55,9 @@ def layout_kernel():
 def supports_layout(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     """Whether the kernel takes these tensors; it has no backward and no place in a traced graph."""
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and all(type(x) is torch.Tensor and x.device.type == "cpu" and x.is_contiguous() for x in (qkv, cos, sin))
-        and qkv.dtype in (torch.float32, torch.bfloat16)
+        takes_native(qkv, cos, sin)
+        and all(x.is_contiguous() for x in (qkv, cos, sin))
         and cos.dtype == sin.dtype == torch.float32
-        and not (torch.is_grad_enabled() and qkv.requires_grad)
         and layout_kernel() is not None
     )
 

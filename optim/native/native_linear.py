@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from .native_build import load_library
+from .native_build import load_library, takes_native
 from .native_common_source import COMMON_SOURCE
 
 
@@ -26,8 +26,6 @@ static constexpr int step_of(const bf16 *) { return 32; }
 static inline v16 multiply_add(v16 sums, const bf16 *w, const bf16 *x) { return sums + load(w) * load(x); }
 static constexpr int step_of(const bf16 *) { return 16; }
 #endif
-static inline void put(float *to, float x) { *to = x; }
-static inline void put(bf16 *to, float x) { *to = x != x ? 0x7fc0 : to_bf16(x); }
 
 // out (R, outputs) = x (R, inputs) times the rows [first, first + N) of weight (outputs, inputs), turned, plus bias.
 template <int R, int N, class T>
@@ -94,14 +92,10 @@ def supports_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """Whether the kernel takes these tensors; it has no backward and no place in a traced graph."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and x.dtype in (torch.float32, torch.bfloat16)
+        takes_native(*tensors)
         and 0 < x.numel() <= MOST_ROWS * weight.shape[1]
         and x.shape[-1] == weight.shape[1]
-        and all(type(one) in (torch.Tensor, torch.nn.Parameter) and one.dtype == x.dtype for one in tensors)
-        and all(one.device.type == "cpu" and one.is_contiguous() for one in tensors)
-        and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
+        and all(one.dtype == x.dtype and one.is_contiguous() for one in tensors)
         and not torch.is_autocast_enabled("cpu")
         and linear_kernel() is not None
     )

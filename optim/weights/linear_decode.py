@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..native.native_linear import native_linear, supports_linear
-from ..technique_optim import Technique
+from ..technique_optim import Technique, refuse_unknown
 
 
 class DecodeLinear(Technique):
@@ -25,8 +25,7 @@ class DecodeLinear(Technique):
     exact = True
 
     def __init__(self, config=None, **unknown):
-        if unknown:
-            raise ValueError(f"{self.name} has no setting {next(iter(unknown))!r}; it takes none.")
+        refuse_unknown(self.name, unknown, ())
         super().__init__()
 
     def apply(self, model) -> None:

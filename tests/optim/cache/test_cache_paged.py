@@ -286,7 +286,7 @@ def test_beams_never_need_more_than_a_table_of_own_pages(orders):
 # --- Faults ---
 
 
-def refuse_address_space(shape, dtype):
+def refuse_address_space(shape, dtype, huge=False):
     raise OSError("no address space")
 
 

@@ -28,7 +28,7 @@ def make_pool(**options):
 def no_address_space(monkeypatch):
     """As on a GPU, or where the system promises no more memory than it has."""
 
-    def refuse(shape, dtype):
+    def refuse(shape, dtype, huge=False):
         raise OSError("no address space")
 
     monkeypatch.setattr(memory_pool, "map_memory", refuse)
@@ -38,7 +38,9 @@ def test_layout():
     pool = make_pool(dtype=torch.bfloat16, max_pages=6)
     assert pool.keys.shape == pool.values.shape == (6, 2, 4, 3)
     assert pool.bounds.shape == (6, 2, 2, 3)
-    assert all(x.dtype == torch.bfloat16 and x.is_contiguous() for x in (pool.keys, pool.values, pool.bounds))
+    for storage in (pool.keys, pool.values, pool.bounds):
+        assert storage.dtype == torch.bfloat16
+        assert storage.transpose(0, 1).is_contiguous()  # neighbouring pages of a head are one run
     assert pool.page_bytes == (2 * 4 + 2) * 2 * 3 * 2
     assert "2 KV heads of 3 in torch.bfloat16 on cpu" in repr(pool)
 
