@@ -14,6 +14,7 @@ from .attention_layout import AttentionLayout, register_attention
 from .attention_technique import AttentionTechnique, attention_modules, settings_of
 from .block_map import BlockMap, PageMap, blocks_of, remembered, require_count
 from .block_selection import antidiagonal_mass, page_bounds, pooled_mass, select_blocks, select_pages
+from .page_scores import page_scores
 
 
 NAME = "qwen3_vl_dynamic_sparse"
@@ -124,7 +125,7 @@ def dynamic_sparse_attention(
         query (`torch.Tensor`): (B, H, T, D).
         key, value (`torch.Tensor`): (B, HK, S, D); the new tokens alone where `kv_layer` holds the history.
         attention_mask: an [`AttentionLayout`], padding flags (B, S) or `None`.
-        kv_layer (*optional*): a cache layer that is read in place and has `key_bounds`, see [`PagedLayer`].
+        kv_layer (*optional*): a cache layer that is read in place and has `page_scores`, see [`PagedLayer`].
     Returns:
         output (B, T, H, D), and `None`.
     Raises:
@@ -189,14 +190,15 @@ def _decode(query, key, value, layout, scaling, settings: DynamicSparseSettings,
         return output, Computed(None, layout, queries, keys)
     if isinstance(settings.decode_share, tuple):
         _require_one_each("decode_share", settings.decode_share, key.shape[1], "KV heads")
-    bounds = page_bounds(key, layout, page_tokens) if kv_layer is None else kv_layer.key_bounds()
+    bounds = page_bounds(key, layout, page_tokens) if kv_layer is None else None
     outputs = []
     for index in range(queries):
         own, page_map = query[:, :, index : index + 1], None
         step = layout if index == 0 else remembered(layout, ("step", index), partial(_later, layout, index))
         kept = pages_to_read(step.query_offset + 1, page_tokens, settings)
         if kept is not None:
-            page_map = select_pages(own, bounds, step, keys, page_tokens, kept, settings.window_tokens)
+            scores = page_scores(own, *bounds) if kv_layer is None else kv_layer.page_scores(own)
+            page_map = select_pages(scores, 1, step, keys, page_tokens, kept, settings.window_tokens)
         outputs.append(attend_decode(own, key, value, step, scaling, page_map, kv_layer))
     return torch.cat(outputs, dim=1), Computed(page_map, step, 1, keys)
 

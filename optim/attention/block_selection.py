@@ -170,8 +170,8 @@ def page_bounds(key: torch.Tensor, layout: AttentionLayout, page_tokens: int) ->
 
 @torch.no_grad()
 def select_pages(
-    query: torch.Tensor,
-    bounds: tuple[torch.Tensor, torch.Tensor],
+    scores: torch.Tensor,
+    queries: int,
     layout: AttentionLayout,
     keys: int,
     page_tokens: int,
@@ -180,35 +180,30 @@ def select_pages(
 ) -> PageMap:
     """The pages whose keys can score highest, for every KV head.
 
-    No key of a page scores higher than each channel of the query times the larger of its two products with the
-    page's bounds; of the query heads that share a KV head, the highest counts. The first page and those of the latest
-    `window_tokens` are among the `kept_pages`.
+    The first page and those of the latest `window_tokens` are among the `kept_pages`.
 
     Args:
-        query (`torch.Tensor`): (B, H, T, D).
-        bounds: smallest and largest keys, each (B, HK, pages, D).
+        scores (`torch.Tensor`): (B, HK, pages), see [`page_scores`].
+        queries (`int`): the queries that they are for.
         kept_pages (`int`, or `tuple[int, ...]`): pages to keep, for all KV heads or for each.
     """
-    low, high = (x.float().transpose(-1, -2) for x in bounds)
-    rows = query.unflatten(1, (low.shape[1], -1)).flatten(2, 3).float()  # (B, HK, group * T, D)
-    highest = (rows.clamp(min=0) @ high + rows.clamp(max=0) @ low).amax(2)  # (B, HK, pages)
 
     def always():
-        pages = query.shape[2], keys, query.shape[2], page_tokens
-        seen = visible_pairs(layout, *pages, query.device) > 0
-        return seen, seen & anchor_blocks(layout, *pages, 1, window_tokens, query.device)
+        pages = queries, keys, queries, page_tokens
+        seen = visible_pairs(layout, *pages, scores.device) > 0
+        return seen, seen & anchor_blocks(layout, *pages, 1, window_tokens, scores.device)
 
-    notes = ("pages", query.shape[2], keys, page_tokens, window_tokens, str(query.device))
+    notes = ("pages", queries, keys, page_tokens, window_tokens, str(scores.device))
     seen, anchors = remembered(layout, notes, always)  # (B or 1, 1, pages)
     # Not by arithmetic: pages of padding alone have infinite bounds.
-    highest = highest.masked_fill(~seen, float("-inf")).masked_fill(anchors, float("inf"))
+    scores = scores.masked_fill(~seen, float("-inf")).masked_fill(anchors, float("inf"))
     each = isinstance(kept_pages, tuple)
-    most = min(max(kept_pages) if each else kept_pages, highest.shape[-1])
-    chosen = highest.topk(most, dim=-1, sorted=each).indices
-    kept = torch.zeros_like(highest, dtype=torch.bool)
+    most = min(max(kept_pages) if each else kept_pages, scores.shape[-1])
+    chosen = scores.topk(most, dim=-1, sorted=each).indices
+    kept = torch.zeros_like(scores, dtype=torch.bool)
     if each:
-        counts = torch.tensor(kept_pages, device=query.device)[:, None]
-        kept.scatter_(-1, chosen, (torch.arange(most, device=query.device) < counts).expand_as(chosen))
+        counts = torch.tensor(kept_pages, device=scores.device)[:, None]
+        kept.scatter_(-1, chosen, (torch.arange(most, device=scores.device) < counts).expand_as(chosen))
     else:
         kept.scatter_(-1, chosen, True)
     return PageMap((kept | anchors) & seen, page_tokens)

@@ -14,6 +14,7 @@ from .attention_layout import AttentionLayout, check_layout, register_attention
 from .attention_technique import AttentionTechnique, attention_modules, put_settings, refuse_dense_mask, settings_of
 from .block_map import anchor_blocks, blocks_of, visible_pairs
 from .block_selection import page_bounds, select_blocks, select_pages
+from .page_scores import page_scores
 
 
 PROBE = "qwen3_vl_mass_probe"
@@ -267,7 +268,9 @@ class _Recorder:
                 if pages is None:
                     kept.append(mass.sum((0, 2)))
                     continue
-                chosen = select_pages(own, bounds, step, keys, settings.page_tokens, pages, settings.window_tokens)
+                scores = page_scores(own, *bounds)
+                sizes = own.shape[2], step, keys, settings.page_tokens
+                chosen = select_pages(scores, *sizes, pages, settings.window_tokens)
                 kept.append((mass * chosen.mask).sum((0, 2)))
             measured.add("kept_pages", torch.stack(kept), float(mass.sum()) / key.shape[1])
 

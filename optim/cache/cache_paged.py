@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from ..attention.page_scores import page_scores, pooled_page_scores
 from ..technique_optim import Technique, refuse_unknown
 from .memory_pool import MemoryPool, NoPickle, PageBlock, PagePools, PageView, page_blocks, page_runs, require_positive
 
@@ -113,6 +114,18 @@ class PagedLayer(NoPickle, CacheLayerMixin):
                 newest = block.own(bounds)[:, :, -1]
                 newest[:, :, 0], newest[:, :, 1] = block.key_bounds(self._length % self.pool.page_tokens)
         return bounds[..., 0, :], bounds[..., 1, :]
+
+    @torch.compiler.disable
+    def page_scores(self, query: torch.Tensor) -> torch.Tensor:
+        """How high the keys of each page can score for `query` (B, H, T, D): (B, KV heads, pages), before scaling.
+
+        Raises:
+            ValueError: if the layer holds nothing.
+        """
+        scores = None
+        if not self._bounds_stale:
+            scores = pooled_page_scores(query, self.pool.bounds, self.page_view().table)
+        return page_scores(query, *self.key_bounds()) if scores is None else scores
 
     def get_seq_length(self) -> int:
         return self._length

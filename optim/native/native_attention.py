@@ -95,6 +95,27 @@ def native_blocks(query, key, value, layout, scaling: float, block_map=None, vie
     return out
 
 
+def native_page_scores(
+    query: torch.Tensor, low: torch.Tensor, high: torch.Tensor, table: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The highest score that a key of each page can have, (B, HK, pages) float32, before scaling.
+
+    Args:
+        query (`torch.Tensor`): (B, H, T, D), D a multiple of 16; the highest of all queries of a KV head counts.
+        low, high (`torch.Tensor`): bounds of each page's keys with equal strides: (B, HK, pages, D), or with `table`
+            (pool pages, HK, D).
+        table (`torch.Tensor`, *optional*): (B, pages) int32, contiguous: where each page of a row lies.
+    """
+    (batch, heads, queries, dim), kv_heads = query.shape, low.shape[1]
+    pages, axes = (low.shape[2], (0, 1, 2)) if table is None else (table.shape[1], (1, 1, 0))
+    out = torch.empty(batch, kv_heads, pages)
+    pointers = (_POINTER(None if x is None else x.data_ptr()) for x in (query, low, high, table, out))
+    strides = (_LONG * 3)(*query.stride()[:3]), (_LONG * 3)(*(low.stride(axis) for axis in axes))
+    sizes = (_LONG(size) for size in (batch, heads, kv_heads, queries, pages, dim))
+    kernels().qwen3_vl_page_scores(*pointers, *strides, *sizes, torch.get_num_threads(), query.dtype == torch.bfloat16)
+    return out
+
+
 def _step(flags: torch.Tensor, axis: int) -> int:
     """Stride of a dimension, 0 where one entry stands for all."""
     return flags.stride(axis) if flags.shape[axis] > 1 else 0

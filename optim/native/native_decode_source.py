@@ -217,6 +217,47 @@ template <class T> static int decode(const Call &c) {
   return 0;
 }
 
+// The highest score that a key of each page can have for any query of the KV head, from the bounds of its channels.
+// With a table, page p of row b is number table[b, p] of a storage, whose stride is that of pages.
+template <class T>
+static void page_scores(const T *query, const T *low, const T *high, const int32_t *table, float *out,
+                        const int64_t *query_strides, const int64_t *bound_strides, int64_t batch, int64_t heads,
+                        int64_t kv_heads, int64_t queries, int64_t pages, int64_t dim, int threads) {
+  const int64_t group = heads / kv_heads, block = 64, blocks = (pages + block - 1) / block;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t n = 0; n < batch * kv_heads * blocks; n++) {
+    const int64_t b = n / blocks / kv_heads, h = n / blocks % kv_heads, first = n % blocks * block;
+    for (int64_t page = first; page < std::min(pages, first + block); page++) {
+      const int64_t place = table ? table[b * pages + page] : page;
+      const int64_t at = (table ? 0 : b * bound_strides[0]) + h * bound_strides[1] + place * bound_strides[2];
+      float highest = NEG;
+      for (int64_t r = 0; r < group * queries; r++) {
+        const T *q = query + b * query_strides[0] + (h * group + r / queries) * query_strides[1] +
+                     r % queries * query_strides[2];
+        v16 total{};
+        for (int64_t d = 0; d < dim; d += 16) {
+          const v16 x = load(q + d), positive = maximum(x, v16{});
+          total += positive * load(high + at + d) + (x - positive) * load(low + at + d);
+        }
+        highest = std::max(highest, sum(total));
+      }
+      out[(b * kv_heads + h) * pages + page] = highest;
+    }
+  }
+}
+
+extern "C" void qwen3_vl_page_scores(const void *query, const void *low, const void *high, const int32_t *table,
+                                     float *out, const int64_t *query_strides, const int64_t *bound_strides,
+                                     int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t pages,
+                                     int64_t dim, int threads, int is_bf16) {
+  if (is_bf16)
+    page_scores((const bf16 *)query, (const bf16 *)low, (const bf16 *)high, table, out, query_strides, bound_strides,
+                batch, heads, kv_heads, queries, pages, dim, threads);
+  else
+    page_scores((const float *)query, (const float *)low, (const float *)high, table, out, query_strides,
+                bound_strides, batch, heads, kv_heads, queries, pages, dim, threads);
+}
+
 extern "C" int qwen3_vl_decode(const Call *c) {
   try {
     return c->is_bf16 ? decode<bf16>(*c) : decode<float>(*c);

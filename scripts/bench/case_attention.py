@@ -164,6 +164,7 @@ def _plain_sparse(techniques: dict[str, Any], inputs: list, tokens: int) -> Call
     from qwen3_vl.optim.attention.attention_layout import AttentionLayout
     from qwen3_vl.optim.attention.block_selection import page_bounds, select_pages
     from qwen3_vl.optim.attention.blocks_plain import plain_decode
+    from qwen3_vl.optim.attention.page_scores import plain_page_scores
 
     options = techniques[dynamic.NAME]
     bounds = [page_bounds(key, AttentionLayout(tokens - 1), options.page_tokens) for _, key, _ in inputs]
@@ -174,7 +175,7 @@ def _plain_sparse(techniques: dict[str, Any], inputs: list, tokens: int) -> Call
         kept = None
         if tokens > options.dense_below_tokens and count < pages:
             numbers = tokens, options.page_tokens, count, options.window_tokens
-            kept = select_pages(query, bounds[index], layout, *numbers)
+            kept = select_pages(plain_page_scores(query, *bounds[index]), 1, layout, *numbers)
         return plain_decode(query, key, value, layout, SCALING, kept)
 
     return attend

@@ -18,6 +18,7 @@ from qwen3_vl.optim.attention.block_selection import (
     select_blocks,
     select_pages,
 )
+from qwen3_vl.optim.attention.page_scores import page_scores
 
 
 CASES = (
@@ -268,7 +269,7 @@ def test_pages_by_their_upper_bounds(seed, past, padding, kept, window):
     query, key, _ = inputs_of(case, seed)
     layout, page_tokens = layout_of(case), 4
     low, high = page_bounds(key, layout, page_tokens)
-    page_map = select_pages(query, (low, high), layout, case.keys, page_tokens, kept, window)
+    page_map = select_pages(page_scores(query, low, high), 1, layout, case.keys, page_tokens, kept, window)
     seen = visible_pairs(layout, 1, case.keys, 1, page_tokens)[:, 0] > 0
     anchors = seen & anchor_blocks(layout, 1, case.keys, 1, page_tokens, 1, window)[:, 0]
     for b in range(2):

@@ -10,6 +10,7 @@ from helpers import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen3_vl.optim.attention.page_scores import plain_page_scores
 from qwen3_vl.optim.cache import memory_pool
 from qwen3_vl.optim.cache.cache_paged import PagedKVCache, PagedLayer
 from qwen3_vl.optim.cache.memory_pool import MemoryPool, PageBlock, PagePools
@@ -56,6 +57,8 @@ def assert_holds(layer, keys, values):
     ):
         for one, other in zip(expected, actual, strict=True):
             assert torch.equal(one, other), name
+    query = torch.linspace(-1, 1, keys.shape[3]).to(keys.dtype).expand(len(keys), 2 * keys.shape[1], 1, -1)
+    assert torch.allclose(layer.page_scores(query), plain_page_scores(query, *plain_bounds(keys)), atol=1e-5)
 
 
 # --- One layer ---
@@ -497,3 +500,18 @@ def test_gradients_flow_in_one_forward_and_never_silently_stop():
     for states in layer.update(*(x.clone().requires_grad_() for x in stamped(1, 1, 6))):
         with pytest.raises(RuntimeError, match="keeps no gradients of the history; train in one forward"):
             states.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_page_scores_follow_append_crop_and_reorder(dtype):
+    generator = torch.Generator().manual_seed(3)
+    layer, keys = PagedLayer(PagePools(PAGE)), torch.empty(2, HEADS, 0, 16, dtype=dtype)
+    query = torch.randn(2, 4 * HEADS, 1, 16, generator=generator).to(dtype)
+    for new, dropped in ((9, 0), (1, 2), (6, 0), (1, 1)):
+        states = torch.randn(2, HEADS, new, 16, generator=generator).to(dtype)
+        layer.update(states, states)
+        layer.crop(-dropped)
+        layer.reorder_cache(torch.tensor([1, 0]))
+        keys = torch.cat((keys, states), dim=2)[:, :, : keys.shape[2] + new - dropped].flip(0)
+        expected = plain_page_scores(query, *plain_bounds(keys))
+        assert torch.allclose(layer.page_scores(query), expected, atol=1e-4)

@@ -11,7 +11,7 @@ from reference import ALL_CASES, AttentionCase, assert_matches, dense_reference,
 from qwen3_vl.optim.attention.block_map import BlockMap, PageMap
 from qwen3_vl.optim.cache.cache_paged import PagedLayer
 from qwen3_vl.optim.cache.memory_pool import PagePools
-from qwen3_vl.optim.native.native_attention import kernels, native_blocks, native_decode, supports
+from qwen3_vl.optim.native.native_attention import kernels, native_blocks, native_decode, native_page_scores, supports
 
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
@@ -30,6 +30,24 @@ def test_matches_float64(name, case):
     tensors, layout = inputs_of(case), layout_of(case)
     assert supports(*tensors)
     assert_matches(KERNELS[name](*tensors, layout, case.scaling), dense_reference(*tensors, layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
+@pytest.mark.parametrize(("heads", "kv_heads", "queries"), [(4, 4, 1), (8, 1, 1), (4, 2, 3)])
+def test_page_scores_are_the_highest_bounds(heads, kv_heads, queries, head_dim, dtype):
+    generator = torch.Generator().manual_seed(heads + queries)
+    query = torch.randn(2, queries, heads, head_dim, generator=generator).to(dtype).transpose(1, 2)
+    bounds = torch.randn(2, kv_heads, 131, 2, head_dim, generator=generator).to(dtype)  # as a pool holds them
+    low, high = bounds.amin(3), bounds.amax(3)
+    rows = query.double().unflatten(1, (kv_heads, -1)).flatten(2, 3)[:, :, :, None]
+    for smallest, largest in ((low, high), (bounds[..., 0, :], bounds[..., 1, :])):
+        each = torch.where(rows > 0, rows * largest.double()[:, :, None], rows * smallest.double()[:, :, None])
+        scores = native_page_scores(query, smallest, largest)
+        assert torch.allclose(scores.double(), each.sum(-1).amax(2), atol=1e-4)
+    table = torch.randperm(2 * 131, generator=generator).view(2, 131).int()
+    pool = bounds.transpose(1, 2).flatten(0, 1)[table.flatten().argsort().long()]
+    assert torch.equal(native_page_scores(query, *pool.unbind(2), table), scores)
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 72, 100])
