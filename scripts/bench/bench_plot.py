@@ -105,7 +105,7 @@ def _panels(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[int, floa
 
 def _panel(axis: Any, title: str, lines: dict[str, dict[int, float]]) -> None:
     contexts = sorted({context for points in lines.values() for context in points})
-    ends = {}
+    ends, speed_ups = {}, {}
     for name, points in lines.items():
         x = sorted(points)
         y = [points[context] for context in x]
@@ -119,6 +119,7 @@ def _panel(axis: Any, title: str, lines: dict[str, dict[int, float]]) -> None:
             markersize=4.5,
         )
         ends[name] = y[-1]
+        speed_ups[name] = _speed_up(lines["stock"], points, x[-1], contexts[-1])
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
@@ -133,7 +134,7 @@ def _panel(axis: Any, title: str, lines: dict[str, dict[int, float]]) -> None:
     axis.grid(color=FAINT, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    _name_lines(axis, ends)
+    _name_lines(axis, ends, {**speed_ups, "stock": ""})
 
 
 def _steps(low: float, high: float) -> list[float]:
@@ -142,15 +143,20 @@ def _steps(low: float, high: float) -> list[float]:
     return [step for step in steps if low <= step <= high]
 
 
-def _name_lines(axis: Any, ends: dict[str, float]) -> None:
+def _speed_up(stock: dict[int, float], points: dict[int, float], context: int, longest: int) -> str:
+    """Over stock at a line's last `context`, which is named where it is not the `longest`."""
+    ratio = stock[context] / points[context]
+    where = "" if context == longest else f" at {context:,}"
+    return f"  {ratio:.1f}x{where}" if ratio >= 0.95 else f"  {ratio:.2f}x{where}"
+
+
+def _name_lines(axis: Any, ends: dict[str, float], speed_ups: dict[str, str]) -> None:
     """Names at the ends of the lines, pushed apart where they would touch."""
     low, high = axis.get_ylim()
     wanted = {name: log(value / low) / log(high / low) for name, value in ends.items()}
     for name, place in _spread_out(wanted).items():
-        ratio = ends["stock"] / ends[name]
-        speed_up = "" if name == "stock" else f"  {ratio:.1f}x" if ratio >= 0.95 else f"  {ratio:.2f}x"
         axis.annotate(
-            name + speed_up,
+            name + speed_ups[name],
             (1.02, place),
             xycoords="axes fraction",
             va="center",
