@@ -17,6 +17,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .plan_command import plan
+
 
 app = typer.Typer(
     name="qwen3-vl",
@@ -120,6 +122,9 @@ def export(
     files = manifest["CODE_FILES"]
     typer.echo(f"{folder}: {len(files)} code files of qwen3-vl {manifest['PACKAGE_VERSION']}, weights and processor.")
     typer.echo(f'AutoModelForImageTextToText.from_pretrained("{folder}", trust_remote_code=True) loads it.', err=True)
+
+
+app.command()(plan)
 
 
 def _export(model: str, output: Path) -> tuple[Path, dict[str, Any]]:

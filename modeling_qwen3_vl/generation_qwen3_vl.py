@@ -5,19 +5,48 @@ new version moves one.
 """
 
 import copy
+from functools import partial, wraps
 
 import torch
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from ..optim.attention.attention_layout import IMPLEMENTATION_PREFIX
 from ..optim.registry_optim import cache_from_profile, visual_tokens_from_profile
 from .conversation_qwen3_vl import NO_GRIDS, PIXELS_AND_GRID, drop_cached_pictures, tokens_in_cache, uncached_ids
-from .mrope_qwen3_vl import compute_mrope_positions, next_position, token_types
+from .mrope_qwen3_vl import (
+    IMAGE,
+    VIDEO,
+    compute_mrope_positions,
+    next_position,
+    remember_positions,
+    remember_visual_runs,
+    token_types,
+)
+
+
+def _keeping_prefixes(decode):
+    """A decoding loop of stock, after which a request that began from a prefix cache is stored there."""
+
+    @wraps(decode)
+    def decode_and_keep(self, *args, **kwargs):
+        result = decode(self, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        ticket = getattr(cache, "prefix_ticket", None)
+        if ticket is not None:
+            # The beams that a search returns are not those that its cache ends with; their prompts are.
+            searched = kwargs["generation_config"].num_beams > 1
+            ticket.store(cache, getattr(result, "sequences", result), prompts_alone=searched)
+        return result
+
+    return decode_and_keep
 
 
 class Qwen3VLGenerationMixin(GenerationMixin):
     """`generate()` for Qwen3-VL."""
+
+    _sample = _keeping_prefixes(GenerationMixin._sample)
+    _beam_search = _keeping_prefixes(GenerationMixin._beam_search)
 
     @staticmethod
     def create_masks_for_generate(config, attention_mask=None, **kwargs):
@@ -82,6 +111,10 @@ class Qwen3VLGenerationMixin(GenerationMixin):
     ):
         """Runs the vision tower once before decoding (stock), then the profile's visual-token reduction (port 3)."""
         given = inputs_tensor if model_input_name == "input_ids" else model_kwargs.get("input_ids")
+        if model_input_name == "input_ids" and self._may_take_prefix(given, model_kwargs, generation_config):
+            names = ("attention_mask", "position_ids", "mm_token_type_ids", *sum(PIXELS_AND_GRID.values(), ()))
+            described = {name: model_kwargs[name] for name in names if name in model_kwargs}
+            model_kwargs["past_key_values"] = self._begin_from_prefix(self.prefix_cache, given, **described)
         seen = tokens_in_cache(model_kwargs.get("past_key_values"))
         if seen and given is not None and given.shape[1]:
             # Positions that the caller gives skip the hook above, so pictures in the cache may still be here.
@@ -97,6 +130,79 @@ class Qwen3VLGenerationMixin(GenerationMixin):
         if encoded:
             model_kwargs["mm_encoder_outputs"] = visual_tokens_from_profile(self, given, grids, encoded)
         return model_kwargs
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
+        """As stock, but what the vision feature cache knows is not encoded again."""
+        features = getattr(self, "vision_feature_cache", None)
+        given = model_kwargs.get("mm_encoder_outputs") or {}
+        for modality, (pixels_key, grid_key) in (("image", PIXELS_AND_GRID[IMAGE]), ("video", PIXELS_AND_GRID[VIDEO])):
+            pixels, grids = model_kwargs.get(pixels_key), model_kwargs.get(grid_key)
+            if features is None or pixels is None or grids is None or given.get(modality) is not None:
+                continue
+            run = getattr(self.base_model, f"get_{modality}_features")
+            output = features.encode(self.base_model.visual, partial(run, return_dict=True), pixels, grids)
+            given = {**given, modality: output}
+            del model_kwargs[pixels_key]
+        if given:
+            model_kwargs["mm_encoder_outputs"] = given
+        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
+    def _may_take_prefix(self, ids, model_kwargs, generation_config) -> bool:
+        """Whether `generate()` chooses the cache, has a prefix cache, and a whole prompt in ids to look up in it."""
+        if getattr(self, "prefix_cache", None) is None or model_kwargs.get("past_key_values") is not None:
+            return False
+        mask = model_kwargs.get("attention_mask")
+        covered = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        return (
+            generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and not generation_config.is_assistant
+            and not getattr(generation_config, "_is_assisted", False)
+            and model_kwargs.get("inputs_embeds") is None
+            and not model_kwargs.get("mm_encoder_outputs")
+            and covered == ids.shape[1]
+        )
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        # Assisted decoding begins with the whole prompt whatever the cache holds, and needs all pictures for that.
+        generation_config._is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+
+    def cache_from_prefix(self, prefix, input_ids: torch.Tensor, position_ids=None, **inputs):
+        """A cache for `generate()` or `forward` that begins with what a prefix cache knows of these inputs.
+
+        Args:
+            prefix ([`PrefixCache`]): whose pages are used, and where the request is stored at the end of `generate()`.
+            input_ids (`torch.Tensor`): (B, T), the whole prompt.
+            inputs: `attention_mask`, `mm_token_type_ids`, pixels and grids, as for `generate()`.
+        Raises:
+            ValueError: if a prefix of such inputs cannot be told or used, as with padding on the right.
+        """
+        if position_ids is None:
+            position_ids = self._prepare_position_ids_for_generation(input_ids, {"input_ids": input_ids, **inputs})
+        cache = self._begin_from_prefix(prefix, input_ids, position_ids=position_ids, **inputs)
+        if cache is None:
+            raise ValueError(
+                "no prefix can be told of these inputs: padding must be on the left, pictures need pixels and grids, "
+                "and the model must be in eval mode, without autocast, and keep all visual tokens; use a DynamicCache."
+            )
+        return cache
+
+    def _begin_from_prefix(self, prefix, ids, position_ids, attention_mask=None, mm_token_type_ids=None, **pictures):
+        if mm_token_type_ids is None:
+            mm_token_type_ids = token_types(ids, self.config.image_token_id, self.config.video_token_id)
+        positions = position_ids if position_ids.ndim == 3 else position_ids[None]
+        if positions.shape[-1] != ids.shape[1]:
+            return None
+        positions = positions[-3:].expand(3, *ids.shape)
+        merge = self.config.vision_config.spatial_merge_size
+        cache = prefix.start(self, ids, mm_token_type_ids, positions, attention_mask, pictures, merge)
+        seen = tokens_in_cache(cache)
+        if seen:
+            remember_positions(cache, 0, positions[..., :seen])
+            if bool(mm_token_type_ids[:, :seen].any()):
+                remember_visual_runs(cache, 0, mm_token_type_ids[:, :seen] > 0)
+        return cache
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """As stock, but pictures are matched with the placeholders that the cache does not hold yet."""
@@ -134,13 +240,22 @@ class Qwen3VLGenerationMixin(GenerationMixin):
 
         Last comes the cache that suits the attention implementation; stock's own for stock's.
         """
-        undecided = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
+        expand_size = max(generation_config.num_beams, generation_config.num_return_sequences)
+        given = model_kwargs.get("past_key_values")
+        if expand_size > 1 and hasattr(given, "prefix_ticket") and given.rows == batch_size:
+            given.batch_repeat_interleave(expand_size)
+        undecided = given is None and generation_config.cache_implementation is None
         if undecided and generation_config.use_cache is not False:
-            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            cache = cache_from_profile(self, rows, max_cache_length)
-            if cache is not None:
-                model_kwargs["past_key_values"] = cache
-                return
+            given = cache_from_profile(self, batch_size * expand_size, max_cache_length)
+        rolls_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        if rolls_back and not getattr(given, "is_croppable", True):
+            raise ValueError(
+                f"assisted decoding takes tokens back, which {type(given).__name__} cannot do exactly; pass "
+                "past_key_values=PagedKVCache(), or generate without an assistant."
+            )
+        if undecided and given is not None:
+            model_kwargs["past_key_values"] = given
+            return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

@@ -9,7 +9,6 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -18,6 +17,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.configuration_qwen3_vl import Qwen3VLTextConfig
+from .masks_qwen3_vl import make_masks
 from .modeling_base import Qwen3VLPreTrainedModel, eager_attention_forward, rotate_half
 from .mrope_qwen3_vl import forget_positions_after, number_runs, remember_visual_runs, visual_runs
 
@@ -156,7 +156,7 @@ class Qwen3VLAttention(nn.Module):
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if past_key_values is not None:
-            key, value, kwargs = update_cache(past_key_values, key, value, self.layer_idx, attend, kwargs)
+            key, value, kwargs = update_cache(past_key_values, query, key, value, self.layer_idx, attend, kwargs)
         output, weights = attend(
             self,
             query,
@@ -170,19 +170,23 @@ class Qwen3VLAttention(nn.Module):
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
 
-def update_cache(cache: Cache, key: torch.Tensor, value: torch.Tensor, layer_idx: int, attend, kwargs: dict):
+def update_cache(
+    cache: Cache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer_idx: int, attend, kwargs: dict
+):
     """Extends a cache (port 2) and returns keys, values and keywords for the attention function.
 
     An attention function that `reads_cache_layer` and a layer with a `reader` meet without copying the history: the
     function gets the reader as `kv_layer`, and as keys and values what the layer has at hand, the new ones at least.
+    A layer that `wants_queries` is given those of the new tokens.
     """
-    layers = cache.layers
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    extra = {"query_states": query} if getattr(layer, "wants_queries", False) else {}
     trained = torch.is_grad_enabled() and key.requires_grad  # the history in the pages has no gradient: say so
-    in_place = getattr(attend, "reads_cache_layer", False) and not trained and layer_idx < len(layers)
-    if not in_place or getattr(layers[layer_idx], "reader", None) is None:
-        return *cache.update(key, value, layer_idx), kwargs
-    key, value = cache.update(key, value, layer_idx, dense=False)
-    return key, value, {**kwargs, "kv_layer": layers[layer_idx].reader}
+    in_place = getattr(attend, "reads_cache_layer", False) and not trained
+    if not in_place or getattr(layer, "reader", None) is None:
+        return *cache.update(key, value, layer_idx, **extra), kwargs
+    key, value = cache.update(key, value, layer_idx, dense=False, **extra)
+    return key, value, {**kwargs, "kv_layer": layer.reader}
 
 
 class Qwen3VLTextMLP(nn.Module):
@@ -285,25 +289,25 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
 
         text_position_ids, position_ids = self._split_positions(position_ids, inputs_embeds, past_key_values)
-        attention_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=text_position_ids,
+        implementations = {layer.self_attn.config._attn_implementation for layer in self.layers}
+        reads_runs, runs = any(map(reads_visual_runs, implementations)), None
+        if reads_runs or getattr(past_key_values, "wants_visual_runs", False):
+            runs = note_visual_runs(inputs_embeds, visual_pos_masks, past_key_values)
+        masks, runs = make_masks(
+            self.config, inputs_embeds, attention_mask, past_key_values, text_position_ids, len(self.layers), runs
         )
-        if any(map(reads_visual_runs, {layer.self_attn.config._attn_implementation for layer in self.layers})):
-            kwargs["visual_runs"] = note_visual_runs(inputs_embeds, visual_pos_masks, past_key_values)
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         deepstack = deepstack_visual_embeds or []
         visual_rows = visual_pos_masks.flatten().nonzero().squeeze(-1) if len(deepstack) else None
 
         for index, layer in enumerate(self.layers):
+            if reads_runs:
+                kwargs["visual_runs"] = runs[index]
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
+                attention_mask=masks[index],
                 position_ids=text_position_ids,
                 past_key_values=past_key_values,
                 **kwargs,

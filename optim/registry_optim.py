@@ -16,7 +16,15 @@ from .attention.attention_memory_efficient import MemoryEfficientAttention
 from .attention.rotary_faster import FasterRotaryEmbeddings
 from .attention.sparse_calibration import AdaptiveSparse
 from .cache.cache_choice import cache_for_attention
+from .cache.cache_cross_layer import CrossLayerCache
+from .cache.cache_evicting import EvictingCache
 from .cache.cache_paged import PagedCache
+from .cache.cache_prefix import PrefixCache
+from .cache.cache_quantized import QuantizedCache
+from .cache.cache_tiered import HierarchicalMemoryCompression
+from .cache.vision_feature_cache import VisionFeatureCache
+from .memory.chunked_vision import ChunkedVision
+from .memory.kv_cache_optimizer import KVCachingOptimization
 from .technique_optim import Technique
 from .weights.linear_decode import DecodeLinear
 
@@ -37,6 +45,14 @@ TECHNIQUES: dict[str, type[Technique]] = {
         AdaptiveSparse,
         FasterRotaryEmbeddings,
         PagedCache,
+        QuantizedCache,
+        EvictingCache,
+        CrossLayerCache,
+        PrefixCache,
+        HierarchicalMemoryCompression,
+        VisionFeatureCache,
+        KVCachingOptimization,
+        ChunkedVision,
         DecodeLinear,
     )
 }

@@ -16,7 +16,8 @@ from transformers.image_utils import ImageInput, PILImageResampling, SizeDict, l
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
-from .patches_qwen3_vl import cut_picture, find_affine, fit_size, patchify, write_pixels
+from ..configuration.visual_sizes import fit_size
+from .patches_qwen3_vl import cut_picture, find_affine, patchify, write_pixels
 
 
 logger = logging.get_logger(__name__)

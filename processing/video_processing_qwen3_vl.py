@@ -18,8 +18,9 @@ from transformers.utils import logging
 from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoMetadata
 
+from ..configuration.visual_sizes import fit_size, sampled_frame_count
 from .image_processing_qwen3_vl import check_finite, merge_pixel_bounds, open_picture, settings_of_call
-from .patches_qwen3_vl import find_affine, fit_size, patchify, write_pixels
+from .patches_qwen3_vl import find_affine, patchify, write_pixels
 from .video_reading import choose_frames, is_video_file, name_video, open_video, read_video
 
 
@@ -195,7 +196,7 @@ class Qwen3VLVideoProcessor(VideoProcessorMixin):
                 metadata.fps = ASSUMED_FPS
             if not metadata.fps > 0:
                 raise ValueError(f"video_metadata says fps={metadata.fps}; it must be above 0.")
-            count = min(max(int(total / metadata.fps * fps), low), high, total)
+            count = min(sampled_frame_count(total / metadata.fps, fps, low, high), total)
         return np.linspace(0, total - 1, count).round().astype(int)
 
     def fetch_videos(self, videos: Any, sample_indices_fn: Callable | None = None) -> Any:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers.utils import is_flash_attn_2_available
 
-from .attention_kernels import attend_blocks, attend_decode, is_decoding
+from .attention_kernels import attend_blocks, attend_decode, is_decoding, reads_itself
 from .attention_layout import AttentionLayout, check_layout, register_attention
 from .attention_technique import AttentionTechnique, refuse_attention_weights
 
@@ -124,6 +124,8 @@ def _is_traced_or_trained(*tensors: torch.Tensor) -> bool:
 
 
 def _attend_on_gpu(query, key, value, layout, scaling, kv_layer) -> torch.Tensor:
+    if reads_itself(kv_layer):
+        return kv_layer.attend(query, layout, scaling)
     if kv_layer is not None:
         key, value = kv_layer.dense()
     half = query.dtype in (torch.float16, torch.bfloat16)

@@ -19,6 +19,7 @@ def cache_for_attention(model) -> PagedKVCache | None:
         and model.device.type == "cpu"
         and model.dtype in (torch.float32, torch.bfloat16)
         and config.head_dim % 16 == 0
+        and not torch.is_autocast_enabled("cpu")  # gives keys and values of different dtypes
         and kernels() is not None
     )
     return PagedKVCache(config) if in_place else None

@@ -127,6 +127,11 @@ class PagedLayer(NoPickle, CacheLayerMixin):
             scores = pooled_page_scores(query, self.pool.bounds, self.page_view().table)
         return page_scores(query, *self.key_bounds()) if scores is None else scores
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its pages; one that several rows share counts once."""
+        return len(np.unique(self._table)) * self.pool.page_bytes if self._length else 0
+
     def get_seq_length(self) -> int:
         return self._length
 
@@ -380,6 +385,11 @@ class PagedKVCache(Cache):
             raise ValueError(f"PagedKVCache is for layers of full attention alone, but the model has {others}.")
         super().__init__(layers=[PagedLayer(self.pools, max_tokens) for _ in layers])
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the pages of all layers; what rows share counts once."""
+        return sum(layer.held_bytes for layer in self.layers)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -472,9 +482,7 @@ class _HistoryWithoutGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        raise RuntimeError(
-            "PagedKVCache keeps no gradients of the history; train in one forward, or with DynamicCache."
-        )
+        raise RuntimeError("this cache keeps no gradients of the history; train in one forward, or with DynamicCache.")
 
 
 def _row_numbers(indices, rows: int) -> np.ndarray:

@@ -17,6 +17,12 @@ COLORS = {
     "dynamic sparse": "#d55e00",
     "block sparse": "#009e73",
     "memory-efficient": "#b8860b",
+    "paged": "#0b3d91",
+    "int8": "#cc79a7",
+    "int4": "#d55e00",
+    "int2": "#b8860b",
+    "evicting": "#009e73",
+    "tiered": "#7b5ea7",
 }
 
 
@@ -84,10 +90,12 @@ def _way_bars(plt: Any, records: list[dict[str, Any]]) -> Any:
 
 def _lines(plt: Any, records: list[dict[str, Any]]) -> Any:
     """One panel a phase and dtype, one line an implementation, both axes logarithmic."""
-    panels = _panels(records)
+    panels = [(title, lines, "milliseconds") for title, lines in _panels(records).items()]
+    if any("held_mib" in record["details"] for record in records):
+        panels.append(("held by the cache", _held(records), "MiB"))
     figure, axes = plt.subplots(1, len(panels), figsize=(1.0 + 5.6 * len(panels), 4.9), layout="constrained")
-    for axis, (title, lines) in zip([axes] if len(panels) == 1 else axes, panels.items(), strict=True):
-        _panel(axis, title, lines)
+    for axis, panel in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
+        _panel(axis, *panel)
     return figure
 
 
@@ -103,7 +111,17 @@ def _panels(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[int, floa
     return several or panels
 
 
-def _panel(axis: Any, title: str, lines: dict[str, dict[int, float]]) -> None:
+def _held(records: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """MiB by cache and context; stock's is the whole of what the others hold a share of."""
+    lines: dict[str, dict[int, float]] = {}
+    for record in records:
+        held, context = record["details"], record["sizes"]["context"]
+        lines.setdefault("stock", {})[context] = held["held_mib"] / held["share_of_whole"]
+        lines.setdefault(record["way"], {})[context] = held["held_mib"]
+    return lines
+
+
+def _panel(axis: Any, title: str, lines: dict[str, dict[int, float]], unit: str) -> None:
     contexts = sorted({context for points in lines.values() for context in points})
     ends, speed_ups = {}, {}
     for name, points in lines.items():
@@ -129,7 +147,7 @@ def _panel(axis: Any, title: str, lines: dict[str, dict[int, float]]) -> None:
         axis.set_yticks(_steps(*axis.get_ylim()))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     axis.set_xlabel("tokens of context")
-    axis.set_ylabel("milliseconds, less is better")
+    axis.set_ylabel(f"{unit}, less is better")
     axis.set_title(title, fontsize=10, color=INK)
     axis.grid(color=FAINT, linewidth=0.8)
     axis.set_axisbelow(True)

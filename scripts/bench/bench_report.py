@@ -105,4 +105,6 @@ def _details(figures: dict[str, Any]) -> str:
     if "density" in figures:
         lines.append(f"{figures['density']:.1%} computed, mass {figures['mass_kept']:.1%}")
         lines[-1] += f" (worst head {figures['mass_kept_worst_head']:.1%})"
+    if "held_mib" in figures:
+        lines.append(f"holds {figures['held_mib']:.1f} MiB, {figures['share_of_whole']:.1%} of all")
     return "\n".join(lines)

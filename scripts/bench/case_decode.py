@@ -54,9 +54,9 @@ def _ways(
     from qwen3_vl.optim.weights.linear_decode import DecodeLinear
 
     models, linear = pair(), DecodeLinear()
-    fill = partial(_filled, layers=settings.text_layers, tokens=tokens, dtype=dtype, device=settings.device)
+    fill = partial(filled, layers=settings.text_layers, tokens=tokens, dtype=dtype, device=settings.device)
     dynamic, paged = fill(DynamicCache()), fill(PagedKVCache())
-    decode = partial(_decode, tokens=tokens, steps=steps, device=settings.device)
+    work = partial(decode, steps=steps, device=settings.device)
 
     def way(model: Any, implementation: str, history: Any, native_linear: bool = False, **options: Any) -> Way:
         def prepare() -> None:
@@ -65,7 +65,7 @@ def _ways(
                 model.set_attn_implementation(implementation)
                 (linear.apply if native_linear else linear.revert)(model)
 
-        return Way(partial(decode, model, history), prepare=prepare, **options)
+        return Way(partial(work, model, history), prepare=prepare, **options)
 
     ways = {
         "stock": way(models.stock, "sdpa", fill(DynamicCache())),
@@ -82,7 +82,7 @@ def _ways(
     return ways
 
 
-def _filled(history: Any, *, layers: int, tokens: int, dtype: torch.dtype, device: str) -> Any:
+def filled(history: Any, *, layers: int, tokens: int, dtype: torch.dtype, device: str) -> Any:
     """`history` with `tokens` random keys and values in each layer, the same ones for every cache."""
     generator = torch.Generator().manual_seed(3)
     for start in range(0, tokens, FILLED_AT_ONCE):
@@ -95,8 +95,9 @@ def _filled(history: Any, *, layers: int, tokens: int, dtype: torch.dtype, devic
 
 
 @torch.inference_mode()
-def _decode(model: Any, history: Any, *, tokens: int, steps: int, device: str) -> torch.Tensor:
+def decode(model: Any, history: Any, *, steps: int, device: str) -> torch.Tensor:
     """Logits (1, steps, vocabulary) of `steps` tokens, the same ones for every model, as `generate()` calls it."""
+    tokens = history.get_seq_length()
     mask = torch.ones(1, tokens + steps, dtype=torch.long, device=device)
     logits = []
     for step in range(steps):

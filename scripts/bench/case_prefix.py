@@ -39,6 +39,7 @@ def rows(settings: Settings) -> Iterator[Contest]:
                 },
                 ways=partial(_ways, pair, settings, dtype, side),
                 agreement=token_agreement,
+                most_repeats=5,
             )
 
 

@@ -88,9 +88,12 @@ def add_noise(rng: np.random.Generator, picture: np.ndarray, strongest: float = 
     return np.clip(picture + noise, 0, 255).astype(np.uint8)
 
 
-def draw_emoji(rng: np.random.Generator, drawing: np.ndarray, side: int, material: Material, split: str) -> np.ndarray:
-    """Pastes an RGBA `drawing` at a random size (55 to 100 % of `side`), angle (up to 15°), place and brightness."""
-    extent = int(side * rng.uniform(0.55, 1.0))
+def draw_emoji(
+    rng: np.random.Generator, drawing: np.ndarray, side: int, material: Material, split: str,
+    reach: tuple[float, float] = (0.55, 1.0),
+) -> np.ndarray:  # fmt: skip
+    """Pastes an RGBA `drawing` at a random size (`reach`, shares of `side`), angle (to 15°), place and brightness."""
+    extent = int(side * rng.uniform(*reach))
     emoji = Image.fromarray(drawing)
     angle = rng.uniform(-15, 15) if rng.random() < 0.5 else 0.0
     if angle:
@@ -130,13 +133,14 @@ def draw_clip(
 
 
 def draw_digit(
-    rng: np.random.Generator, digit: np.ndarray, side: int, material: Material, split: str, easy: bool = False
-) -> np.ndarray:
-    """Inks a 28×28 `digit` at a random size, angle and shear, in a colour that stands out from the ground.
+    rng: np.random.Generator, digit: np.ndarray, side: int, material: Material, split: str, easy: bool = False,
+    reach: tuple[float, float] = (0.6, 1.0),
+) -> np.ndarray:  # fmt: skip
+    """Inks a 28×28 `digit` at a random size (`reach`, shares of `side`), angle, shear and contrasting colour.
 
     `easy` gives a plain ground, strong contrast and no noise.
     """
-    extent = int(side * rng.uniform(0.6, 1.0))
+    extent = int(side * rng.uniform(*reach))
     angle, shear, stretch = math.radians(rng.uniform(-15, 15)), rng.uniform(-0.25, 0.25), rng.uniform(0.85, 1.15)
     cosine, sine = math.cos(angle), math.sin(angle)
     matrix = np.array([[cosine * stretch, -sine + shear], [sine, cosine / stretch]])
@@ -168,11 +172,15 @@ def load_font(path: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def draw_text(
-    rng: np.random.Generator, text: str, height: int, width: int, material: Material, split: str, easy: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Renders `text` in a random font of `split`, filling 65 to 95 % of the canvas one way, turned up to 4°.
+    rng: np.random.Generator, text: str, height: int, width: int, material: Material, split: str, easy: bool = False,
+    line: tuple[int, int] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Renders `text` in a random font of `split`, turned up to 4°.
 
-    `easy` gives a plain ground, strong contrast, no turn, blur or noise.
+    Args:
+        easy: a plain ground, strong contrast, no turn, blur or noise.
+        line: (height, width) of which the text fills 65 to 95 % one way; the canvas when `None`. A text on a larger
+            canvas stands anywhere on it.
 
     Returns:
         The picture, and for each of its columns (width,) the index of the letter that stands there, or -1.
@@ -181,7 +189,8 @@ def draw_text(
     group = groups[rng.integers(len(groups))]
     path = group[rng.integers(len(group))]
     left, top, right, bottom = load_font(path, REFERENCE_FONT_SIZE).getbbox(text)
-    fit = min(0.95 * width / max(right - left, 1), 0.85 * height / max(bottom - top, 1))
+    line_height, line_width = line or (height, width)
+    fit = min(0.95 * line_width / max(right - left, 1), 0.85 * line_height / max(bottom - top, 1))
     size = int(REFERENCE_FONT_SIZE * fit * rng.uniform(0.7, 1.0))
     font = load_font(path, max(9, min(size, 120)))
     left, top, right, bottom = font.getbbox(text)
@@ -193,7 +202,8 @@ def draw_text(
     letters = np.searchsorted(edges, np.arange(width) + 0.5) - 1
     letters[letters == len(text)] = -1
     if not easy and rng.random() < 0.4:
-        mask = mask.rotate(rng.uniform(-4, 4), Image.Resampling.BILINEAR)
+        centre = None if line is None else (x + (left + right) / 2, y + (top + bottom) / 2)
+        mask = mask.rotate(rng.uniform(-4, 4), Image.Resampling.BILINEAR, center=centre)
     if not easy and rng.random() < 0.2:
         mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
     ground = plain_ground(rng, height, width) if easy else draw_ground(rng, height, width, material, split)
@@ -203,7 +213,9 @@ def draw_text(
         plate = rng.integers(0, 256, 3).astype(np.float32)
         ground += (plate - ground) * rng.uniform(0.5, 1.0)
     alpha = np.asarray(mask, np.float32)[:, :, None] / 255
-    colour = contrasting_colour(rng, ground.reshape(-1, 3).mean(0), EASY_CONTRAST if easy else CONTRAST)
+    # On a large canvas the letters have to stand out from what is behind them.
+    behind = ground if line is None else ground[alpha[:, :, 0].max(1) > 0][:, alpha[:, :, 0].max(0) > 0]
+    colour = contrasting_colour(rng, behind.reshape(-1, 3).mean(0), EASY_CONTRAST if easy else CONTRAST)
     picture = (ground + (colour - ground) * alpha).astype(np.uint8)
     return picture if easy else add_noise(rng, picture), letters
 

@@ -1,6 +1,7 @@
 """The fixed evaluation sets: each row of the table, from seeds, words, fonts, digits and photos never trained.
 
-The definition was written before anything was evaluated and does not change; a new question gets a new row.
+The definition was written before anything was evaluated and does not change; a new question gets a new row at the
+end of the table. The rows "long" came later so: larger pictures, and many of them.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ EVALUATION_SEED = 7
 # The first number of a training generator's seed sequence is the training seed; this one can never be that.
 EVALUATION_STREAM = 1_000_003
 OTHER_KINDS = ("emoji", "digit", "word")
+# Something small on the largest canvas: what a text fills, and a digit's share of the side.
+LARGEST_SIDE = 256
+LONG_LINES = ((32, 128), (48, 160), (64, 192))
+LONG_DIGIT_REACH = (0.2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class EvaluationTask:
         count: questions at full size.
         needs_material: false for what is only drawn from shapes, which runs in a bare checkout.
         in_scenes: whether the row counts towards "all scenes".
+        is_long: whether it counts towards "all with larger pictures".
     """
 
     name: str
@@ -34,6 +40,7 @@ class EvaluationTask:
     count: int
     needs_material: bool = True
     in_scenes: bool = False
+    is_long: bool = False
 
 
 TASKS = {
@@ -52,8 +59,30 @@ TASKS = {
         EvaluationTask("which_9_16", "which of 9 to 16 pictures", 60, False, True),
         EvaluationTask("which_other", "which of 2 to 16: emoji, digit, word", 60),
         EvaluationTask("scene_describe", "scene: whole description", 60, False),
+        EvaluationTask("long_text", "long: text on 256 x 256", 60, is_long=True),
+        EvaluationTask("long_digit", "long: digit on 256 x 256", 60, is_long=True),
+        EvaluationTask("long_emoji", "long: Twemoji on 192 or 256", 60, is_long=True),
+        EvaluationTask("long_scene", "long: scene of 192 to 256", 80, False, is_long=True),
+        EvaluationTask("long_which", "long: which of 6 to 12 of 96 to 160", 60, False, is_long=True),
     )
 }
+
+
+def draw_long_question(rng: np.random.Generator, task: str, material: Material | None) -> Sample:
+    """One sample with one turn of a row "long": 36 to 64 picture tokens, or 54 to 300 where there are several."""
+    if task == "long_text":
+        line = LONG_LINES[int(rng.integers(len(LONG_LINES)))]
+        length = int(rng.integers(1, longest_text_on(line) + 1))
+        return text_sample(rng, material, "heldout", (LARGEST_SIDE, LARGEST_SIDE), length, made_up=0.0, line=line)
+    if task == "long_digit":
+        return digit_sample(rng, material, "heldout", LARGEST_SIDE, reach=LONG_DIGIT_REACH)
+    if task == "long_emoji":
+        return emoji_sample(rng, material, "heldout", int(rng.choice([192, 256])), reach=(0.25, 0.6))
+    if task == "long_scene":
+        kind = str(rng.choice(["colour", "shape", "count", "position"]))
+        return scene_sample(rng, int(rng.choice([192, 224, 256])), kinds=(kind,), turns=1)
+    side, count = int(rng.choice([96, 128, 160])), int(rng.integers(6, 13))
+    return many_sample(rng, material, "heldout", count, side, turns=1, kind="shape", find_first=True)
 
 
 def draw_question(rng: np.random.Generator, task: str, material: Material | None) -> Sample:
@@ -72,6 +101,8 @@ def draw_question(rng: np.random.Generator, task: str, material: Material | None
         return text_sample(rng, material, "heldout", size, length, made_up=0.0)
     if task == "digit":
         return digit_sample(rng, material, "heldout", int(rng.choice([64, 96], p=[0.75, 0.25])))
+    if task.startswith("long_"):
+        return draw_long_question(rng, task, material)
     if task.startswith("scene_"):
         side = int(rng.choice([64, 96, 128], p=[0.3, 0.4, 0.3]))
         return scene_sample(rng, side, kinds=(task.removeprefix("scene_"),), turns=1)

@@ -73,11 +73,11 @@ def plural(noun: str) -> str:
 
 def emoji_sample(
     rng: np.random.Generator, material: Material, split: str, side: int = 64, row: int | None = None,
-    source: str = "twemoji",
+    source: str = "twemoji", reach: tuple[float, float] = (0.55, 1.0),
 ) -> Sample:  # fmt: skip
     """Names a drawing of `source` ("twemoji" or "openmoji"); class `row`, or a random one."""
     row = int(pick(rng, material.named_rows)) if row is None else row
-    picture = draw_emoji(rng, getattr(material, source)[row], side, material, split)
+    picture = draw_emoji(rng, getattr(material, source)[row], side, material, split, reach)
     turns = [(pick(rng, EMOJI_QUESTIONS), with_article(material.names[row]))]
     return Sample("emoji", [picture], turns, {"name": material.names[row], "label": row})
 
@@ -113,20 +113,21 @@ def _words_by_length(material: Material, split: str) -> dict[int, list[str]]:
 
 def text_sample(
     rng: np.random.Generator, material: Material, split: str, size: tuple[int, int], length: int, made_up: float = 0.3,
-    easy: bool = False,
+    easy: bool = False, line: tuple[int, int] | None = None,
 ) -> Sample:  # fmt: skip
-    """Reads a string of `length` characters on a canvas of `size` (height, width) pixels."""
+    """Reads a string of `length` characters on a canvas of `size` (height, width) pixels; `line` as in `draw_text`."""
     text = random_text(rng, material, split, length, made_up)
-    picture, letters = draw_text(rng, text, *size, material, split, easy)
+    picture, letters = draw_text(rng, text, *size, material, split, easy, line)
     return Sample("text", [picture], [(pick(rng, TEXT_QUESTIONS), text)], {"length": len(text), "letters": letters})
 
 
 def digit_sample(
-    rng: np.random.Generator, material: Material, split: str, side: int = 64, easy: bool = False
-) -> Sample:
+    rng: np.random.Generator, material: Material, split: str, side: int = 64, easy: bool = False,
+    reach: tuple[float, float] = (0.6, 1.0),
+) -> Sample:  # fmt: skip
     """Reads one handwritten digit."""
     row = pick(rng, material.digit_indices[split])
-    picture = draw_digit(rng, material.digits[row], side, material, split, easy)
+    picture = draw_digit(rng, material.digits[row], side, material, split, easy, reach)
     digit = int(material.digit_labels[row])
     return Sample(
         "digit", [picture], [(pick(rng, DIGIT_QUESTIONS), str(digit))], {"label": len(material.names) + digit}

@@ -116,7 +116,8 @@ def evaluate_model(
         keep_answers: also return each question, expected and given answer.
     Returns:
         `{"rows": {task: {"n", "right", "accuracy", "low", "high", "title"}}, "seconds", "skipped", ...}`. The row
-        "scenes" pools colour, shape, count, position and which-of-N; "text_characters" counts characters.
+        "scenes" pools colour, shape, count, position and which-of-N; "long" those with larger pictures;
+        "text_characters" counts characters.
     Raises:
         ValueError: for a task that does not exist.
     """
@@ -144,9 +145,13 @@ def evaluate_model(
         if keep_answers:
             questions = [sample.turns[0][0] for sample in samples]
             answers[name] = [list(row) for row in zip(questions, expected, given, strict=True)]
-    pooled = [rows[name] for name in rows if name in TASKS and TASKS[name].in_scenes]
-    if pooled:
-        rows["scenes"] = score_row("all scenes", sum(r["right"] for r in pooled), sum(r["n"] for r in pooled))
+    pools = {
+        "scenes": ("all scenes", [name for name, task in TASKS.items() if task.in_scenes]),
+        "long": ("all with larger pictures", [name for name, task in TASKS.items() if task.is_long]),
+    }
+    for name, (title, members) in pools.items():
+        if pooled := [rows[member] for member in members if member in rows]:
+            rows[name] = score_row(title, sum(r["right"] for r in pooled), sum(r["n"] for r in pooled))
     result = {
         "rows": rows,
         "seconds": round(time.monotonic() - started, 1),

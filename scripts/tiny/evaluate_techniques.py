@@ -8,14 +8,21 @@ import json
 import math
 from pathlib import Path
 
-from .data_evaluation import evaluation_set
-from .data_material import REPOSITORY
+import numpy as np
+
+from .data_evaluation import TASKS, draw_question, evaluation_set
+from .data_material import REPOSITORY, load_material
 from .evaluate import evaluate_model, load_checkpoint, make_inputs
 
 
 SMALL_BLOCKS = {"query_block": 16, "key_block": 16, "window_tokens": 8}
 DYNAMIC = {**SMALL_BLOCKS, "stride": 8, "min_blocks": 1, "min_pages": 2, "dense_below_tokens": 0}
 SMALL_PAGES = {"page_tokens": 8}
+# Prompts here are shorter than the default window, so that nothing would be packed.
+SMALL_GROUPS = {"group_size": 32, "residual_tokens": 1}
+POLICIES = ("modality", "snapkv", "pyramid", "h2o", "streaming", "random")
+MEASURED = "measured"
+CALIBRATION_STREAM, CALIBRATION_SAMPLES = 1_000_004, 6
 PROFILES = {
     "plain": {},
     "exact, paged cache, decode_linear": {"qwen3_vl_exact": {}, "paged_cache": {}, "decode_linear": {}},
@@ -28,6 +35,14 @@ PROFILES = {
         }
         for threshold, share in ((0.95, 0.5), (0.8, 0.25), (0.5, 0.125))
     },
+    **{f"cache in {bits} bits": {"quantized_cache": {"bits": bits, **SMALL_GROUPS}} for bits in (8, 4, 2)},
+    # All of them keep as many entries: the text and a quarter of what is visual.
+    "evict 3/4 of visual, modality, layers measured": {"evicting_cache": {"layer_shares": MEASURED}},
+    **{f"evict 3/4 of visual, {policy}": {"evicting_cache": {"policy": policy}} for policy in POLICIES},
+    "evict 3/4 of visual, modality, dropped": {"evicting_cache": {"merge": False}},
+    "evict 3/4 of visual, modality, in 4 bits": {
+        "evicting_cache": {"store": "quantized", "store_options": {"bits": 4, **SMALL_GROUPS}}
+    },
 }
 COLUMNS = {
     "emoji_twemoji": "emoji",
@@ -35,6 +50,7 @@ COLUMNS = {
     "digit": "digit",
     "scenes": "all scenes",
     "which_9_16": "which of 9 to 16",
+    "long": "larger pictures",
 }
 LONGEST_TASK, DENSITY_SAMPLES = "which_9_16", 12
 
@@ -46,7 +62,7 @@ def measure_profiles(folder: str, limit: int | None = None) -> dict[str, dict]:
     model, processor = load_checkpoint(folder)
     results = {}
     for name, profile in PROFILES.items():
-        model.config.optim = profile or None
+        model.config.optim = with_measured_layers(profile, model, processor) or None
         techniques = apply_techniques(model)
         results[name] = evaluate_model(model, processor, limit=limit)["rows"]
         results[name]["density"] = measure_density(model, processor)
@@ -55,6 +71,22 @@ def measure_profiles(folder: str, limit: int | None = None) -> dict[str, dict]:
         model.active_techniques = []
         print_row(name, results)
     return results
+
+
+def with_measured_layers(profile: dict, model, processor) -> dict:
+    """`profile`, where `layer_shares` are measured on questions like those of the evaluation but other ones."""
+    from qwen3_vl import measure_layer_shares
+
+    if all(settings.get("layer_shares") != MEASURED for settings in profile.values()):
+        return profile
+    material = load_material()
+    batches = []
+    for row, task in enumerate(TASKS):
+        rngs = [np.random.default_rng([CALIBRATION_STREAM, row, i]) for i in range(CALIBRATION_SAMPLES)]
+        batches.append(dict(make_inputs(processor, [draw_question(rng, task, material) for rng in rngs])))
+    shares = measure_layer_shares(model, batches)
+    print(f"layer shares: {', '.join(f'{share:.2f}' for share in shares)}", flush=True)
+    return {name: {**settings, "layer_shares": shares} for name, settings in profile.items()}
 
 
 def measure_density(model, processor) -> dict[str, float]:

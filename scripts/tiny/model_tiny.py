@@ -22,8 +22,8 @@ from .tokenizer_tiny import VOCABULARY
 # The class that is trained; any class with the official parameter names will do.
 MODEL_CLASS = Qwen3VLForConditionalGeneration
 # How hard each micro-batch pulls: a mean over its answers, so that long answers do not drown out short ones.
-TASK_WEIGHTS = {"which": 3.0, "many": 1.0, "scene": 1.5, "text": 0.8, "digit": 0.6, "emoji": 0.5, "clip": 0.4}
-AUXILIARY_WEIGHTS = {"text": 0.6, "scene": 0.4, "digit": 0.5, "emoji": 0.3}
+TASK_WEIGHTS = {"which": 1.5, "many": 1.0, "scene": 1.5, "text": 1.5, "digit": 0.8, "emoji": 0.5, "clip": 0.4}
+AUXILIARY_WEIGHTS = {"text": 1.0, "scene": 0.4, "digit": 0.5, "emoji": 0.3}
 NOTE_WEIGHT = 0.5
 # The decoder layer after which the end of a picture should hold its number and name; half of the layers come later,
 # to look that up.
@@ -102,12 +102,13 @@ def _grid_tables(grid: tuple[int, int], per_side: int, spatial_dim: int, theta: 
 
 
 def vision_features(
-    visual: nn.Module, pixels: torch.Tensor, grid: tuple[int, int]
+    visual: nn.Module, pixels: torch.Tensor, grid: tuple[int, int], deep: bool = True
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The tower on equally large pictures.
 
     Args:
         pixels ((pictures, patches, 768), normalised, in the tower's dtype): one time step of each patch.
+        deep: whether the DeepStack features are wanted.
     Returns:
         The merged features and then the DeepStack features, each (pictures * patches / 4, out_hidden_size); and the
         tower's last states (pictures, patches, width).
@@ -126,7 +127,7 @@ def vision_features(
     deepstack = []
     for number, block in enumerate(visual.blocks):
         hidden = vision_block(block, hidden, cos, sin, heads)
-        if number in visual.deepstack_visual_indexes:
+        if deep and number in visual.deepstack_visual_indexes:
             merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(number)]
             deepstack.append(merger(hidden.flatten(0, 1)))
     return [visual.merger(hidden.flatten(0, 1)), *deepstack], hidden
@@ -176,7 +177,7 @@ def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def batch_features(model: nn.Module, batch: MicroBatch) -> tuple[list[torch.Tensor], torch.Tensor]:
     visual = model.model.visual
     pixels = torch.from_numpy(batch.patches).to(visual.patch_embed.proj.weight.dtype) / 127.5 - 1
-    return vision_features(visual, pixels, batch.grid)
+    return vision_features(visual, pixels, batch.grid, deep=not batch.vision_only)
 
 
 def fast_logits(

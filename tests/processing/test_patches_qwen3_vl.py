@@ -7,10 +7,10 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as stock_picture_size
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as stock_video_size
 
+from qwen3_vl.configuration.visual_sizes import fit_size
 from qwen3_vl.processing.patches_qwen3_vl import (
     cut_picture,
     find_affine,
-    fit_size,
     patchify,
     unpatchify,
     write_pixels,

@@ -53,3 +53,11 @@ def test_without_a_compiler_the_stock_cache_stays(pair, monkeypatch):
     monkeypatch.setattr(cache_choice, "kernels", lambda: None)
     pair.ours.set_attn_implementation("qwen3_vl_exact")
     assert type(cache_of(pair)) is DynamicCache
+
+
+def test_autocast_keeps_the_stock_cache(pair):
+    pair.ours.set_attn_implementation("qwen3_vl_exact")
+    inputs = make_inputs(["text:5", "image:4x6", "text:3"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = pair.ours.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert type(output.past_key_values) is DynamicCache
