@@ -174,8 +174,10 @@ class EvictingKVCache(Cache):
         super().reset()
         self.notes.describe(0, None, None)
 
+    # A class that stands in front moves M-RoPE positions with the rows, so that neither of these calls the other.
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.batch_select_indices(beam_idx)
+        super().reorder_cache(beam_idx.cpu())
+        self.notes.move_rows(lambda rows: rows[beam_idx.to(rows.device)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         indices = torch.as_tensor(indices).cpu()

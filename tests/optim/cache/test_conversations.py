@@ -13,6 +13,7 @@ import torch
 from helpers import make_inputs, make_pair
 from transformers import DynamicCache, StaticCache
 
+from qwen3_vl.modeling_qwen3_vl.mrope_qwen3_vl import next_positions_seen
 from qwen3_vl.optim.registry_optim import TECHNIQUES
 from qwen3_vl.optim.technique_optim import Technique
 
@@ -130,3 +131,20 @@ def test_a_copy_goes_its_own_way(model, name):
     other = copy.deepcopy(cache)
     mixed = zip(talk(model, cache, 1), talk(model, other, 0), strict=True)
     assert_same([[step for step, _ in mixed]], [expected])
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_positions_move_with_the_rows_once(model, name):
+    """The three rows come differently far, so that a note that stayed or moved twice is a wrong one."""
+    if name == "static":
+        pytest.skip("a static cache is made for one row here")
+    inputs = make_inputs(["image:4x6", "text:9"], ["text:4", "image:8x8"], ["text:12"])
+    order = torch.tensor([2, 0, 1])
+    for move in ("reorder_cache", "batch_select_indices"):
+        cache = MAKERS[name](model)
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+        before = next_positions_seen(cache)
+        assert len(before) == 3
+        getattr(cache, move)(order)
+        assert torch.equal(next_positions_seen(cache), before[order]), move
