@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor as StockProcessor
 
+from qwen3_vl.modeling_qwen3_vl.hub_export import flatten_module
 from qwen3_vl.processing import Qwen3VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor, processing_qwen3_vl
 from qwen3_vl.processing.processing_qwen3_vl import frame_timestamps
 from qwen3_vl.processing.video_reading import read_video
@@ -250,12 +251,13 @@ def test_wrong_parts(processor, tiny_folder):
 
 
 def test_a_flat_folder_loads_where_the_package_is_not(processor, tmp_path):
-    """What the exporter will write: our files beside the configs, loaded with trust in a fresh process."""
+    """Code as the exporter writes it, beside the configs, loaded with trust in a fresh process."""
     folder = tmp_path / "hub"
     processor.save_pretrained(folder)
-    for file in SOURCES.glob("*.py"):
+    files = [*SOURCES.glob("*.py"), SOURCES.parent / "configuration" / "visual_sizes.py"]
+    for file in files:
         if file.name != "__init__.py":
-            shutil.copy(file, folder)
+            (folder / file.name).write_text(flatten_module(file)[0])
     config = json.loads((folder / "processor_config.json").read_text())
     config["auto_map"] = {"AutoProcessor": "processing_qwen3_vl.Qwen3VLProcessor"}
     (folder / "processor_config.json").write_text(json.dumps(config))
