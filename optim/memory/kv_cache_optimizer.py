@@ -76,7 +76,8 @@ class KVCachingOptimization(Technique):
         needs = {}
         for choice in cache_choices(attention, self.settings["lossy"], shapes.head_dim):
             step = decode_peak(shapes, sizes, rows, itemsize, attention, choice.name)
-            slack = heap_slack(step.largest_block) if model.device.type == "cpu" else 0
+            on_cpu = model.device.type == "cpu"
+            slack = heap_slack(step.largest_block) + choice.rounding(shapes, rows, tokens, itemsize) if on_cpu else 0
             needs[choice.name] = choice.bytes_held(shapes, rows, tokens, itemsize) + step.bytes + slack
             if needs[choice.name] <= room:
                 return choice

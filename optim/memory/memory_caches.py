@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..cache.kv_quantization import quantized_bytes
+from ..cache.memory_pool import HUGE_PAGE_BYTES
 from .memory_shapes import ModelShapes
 
 
@@ -40,6 +41,13 @@ class CacheChoice:
             tokens, shapes.kv_heads, shapes.head_dim, itemsize, self.bits, GROUP_SIZE, RESIDUAL_TOKENS
         )
         return rows * shapes.layers * row
+
+    def rounding(self, shapes: ModelShapes, rows: int, tokens: int, itemsize: int) -> int:
+        """What pages of the system take on a CPU beyond `bytes_held`: each head's keys and values are rounded up."""
+        if self.name != "paged":
+            return 0
+        head = rows * shapes.layers * -(-tokens // PAGE_TOKENS) * PAGE_TOKENS * shapes.head_dim * itemsize
+        return 2 * shapes.kv_heads * (-head % HUGE_PAGE_BYTES)
 
 
 CACHES = {

@@ -44,7 +44,7 @@ class MemoryPlan:
         inputs (`dict`): pixels that the caller holds, by modality.
         features (`dict`): what the tower gave, by modality; `generate()` keeps it until the end.
         activations (`dict`): bytes at the peak of each phase besides all of the above: `vision`, `prefill`, `decode`.
-        slack (`dict`): what the CPU's allocator keeps besides, of each phase.
+        slack (`dict`): what the CPU's heap and pages keep besides, of each phase.
         peaks (`dict`): all together, of each phase.
         sizes ([`RequestSizes`]): patches and tokens.
     """
@@ -200,7 +200,8 @@ class _Counter:
         towers = [(size, self._tower(size)) for size in self._vision_ladder()]
         prefills = [(size, self._prefill(size)) for size in self._prefill_ladder()]
         max_patches, tower = _first_that_fits(towers, limit, self._before_prefill())
-        chunk, prefill = _first_that_fits(prefills, limit, self._base() + self._kv(self.sizes.prompt))
+        ground = self._base() + self._kv(self.sizes.prompt) + self._rounding(self.sizes.prompt)
+        chunk, prefill = _first_that_fits(prefills, limit, ground)
         return self._plan(limit, chunk, max_patches, tower, prefill)
 
     def _plan(self, limit, chunk, max_patches, tower: PhasePeak, prefill: PhasePeak) -> MemoryPlan:
@@ -210,7 +211,8 @@ class _Counter:
             "prefill": self._base() + self._kv(self.sizes.prompt),
             "decode": self._base() + self._kv(self.sizes.cached),
         }
-        slack = {name: self._slack(peak) for name, peak in phases.items()}
+        tokens = {"vision": 0, "prefill": self.sizes.prompt, "decode": self.sizes.cached}
+        slack = {name: self._slack(peak) + self._rounding(tokens[name]) for name, peak in phases.items()}
         return MemoryPlan(
             budget=limit,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -283,6 +285,11 @@ class _Counter:
         total = self._kv(self.sizes.cached)
         shares = {name: total * getattr(self.sizes, name) // self.sizes.cached for name in ("image", "video")}
         return {"text": total - sum(shares.values()), **shares}
+
+    def _rounding(self, tokens: int) -> int:
+        if self.device != "cpu":
+            return 0
+        return self.cache.rounding(self.shapes, self.request.rows, tokens, self.dtype.itemsize)
 
     def _slack(self, peak: PhasePeak) -> int:
         return heap_slack(peak.largest_block) if self.device == "cpu" else 0

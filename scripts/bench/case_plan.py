@@ -37,8 +37,7 @@ dtype = getattr(torch, row["dtype"])
 side = sys.argv[2]
 model = getattr(build_pair(settings, dtype, only_stock=side == "stock"), side)
 model.set_attn_implementation(row["attention"] if side == "ours" else "sdpa")
-height, width = row["grid"] or (0, 0)
-images = [(16 * height, 16 * width)] * bool(row["grid"])
+images = [(16 * row["grid"][0], 16 * row["grid"][1])] * row["pictures"] if row["pictures"] else []
 request = MemoryRequest(images, text_tokens=row["text_tokens"], new_tokens=row["new_tokens"])
 rules = VisualRules(image_pixels=(1, 10**9))
 free = plan_memory(model, request, rules=rules, cache=row["cache"])
@@ -60,6 +59,11 @@ with torch.inference_mode():
     _release_heap()
     with ResidentPeak(0.001) as peak:
         inputs = picture_inputs(settings, torch.float32, text_tokens=row["text_tokens"], grid=row["grid"])
+        repeated = inputs["input_ids"].shape[1] - row["text_tokens"]
+        for name, value in inputs.items():
+            by_token = name in ("input_ids", "attention_mask", "mm_token_type_ids")
+            parts = value.split((repeated, row["text_tokens"]), dim=1) if by_token else (value, value[:0])
+            inputs[name] = torch.cat((*[parts[0]] * max(row["pictures"], 1), parts[1]), dim=int(by_token))
         started = time.perf_counter()
         cache = model.generate(**inputs, **options, return_dict_in_generate=True).past_key_values
         seconds = time.perf_counter() - started
@@ -102,12 +106,14 @@ def records(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def requests(settings: Settings) -> Iterator[dict[str, Any]]:
     """Text, pictures and both; stock's attention and ours; at once and in the steps that a smaller budget asks for."""
-    sizes = [(64, None), (16, (4, 4))] if settings.quick else [(4096, None), (64, (64, 64)), (2048, (64, 64))]
+    sizes = [(4096, None, 0), (2048, (64, 64), 1), (256, (32, 32), 8)]
+    if settings.quick:
+        sizes = [(64, None, 0), (16, (4, 4), 2)]
     for dtype in settings.dtypes:
         for attention, cache in (("sdpa", "dynamic"), ("qwen3_vl_exact", "paged"), ("qwen3_vl_exact", "int4")):
-            for text_tokens, grid in sizes:
+            for text_tokens, grid, pictures in sizes:
                 for share in (None, 0.7):
-                    if share and (settings.quick or text_tokens < 1024):
+                    if share and (settings.quick or pictures == 1):  # a single picture cannot be cut
                         continue
                     yield {
                         "dtype": dtype,
@@ -115,6 +121,7 @@ def requests(settings: Settings) -> Iterator[dict[str, Any]]:
                         "cache": cache,
                         "text_tokens": text_tokens,
                         "grid": grid,
+                        "pictures": pictures,
                         "share": share,
                         "new_tokens": 8,
                         "text_layers": settings.text_layers,
@@ -132,7 +139,7 @@ def _run(row: dict[str, Any], side: str) -> dict[str, Any]:
 
 
 def _label(row: dict[str, Any], plan: dict[str, Any]) -> str:
-    picture = "" if row["grid"] is None else f", {row['grid'][0] * 16}x{row['grid'][1] * 16}"
+    picture = "" if row["grid"] is None else f", {row['pictures']} of {row['grid'][0] * 16}x{row['grid'][1] * 16}"
     steps = [f"prefill {plan['prefill_chunk']}"] * bool(plan["prefill_chunk"])
     steps += [f"vision {plan['max_patches']}"] * bool(plan["max_patches"])
     smaller = ["smaller budget"] * bool(row["share"])
