@@ -84,7 +84,8 @@ class OptimizedQwen3VLAttention(Qwen3VLAttention):
         weights_asked = kwargs.get("output_attentions", getattr(self.model_config, "output_attentions", False))
         refuse_attention_weights(self, self.mechanism, {"output_attentions": weights_asked})
         if kwargs.get("is_causal", self.is_causal):
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+            # Entries, which are fewer than tokens where a cache evicts.
+            seen = 0 if past_key_values is None else past_key_values.get_query_offset(self.layer_idx)
             attention_mask = as_layout(attention_mask, hidden_states.shape[1], seen, position_embeddings[0])
         return super().forward(
             hidden_states,

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
+# Caches that are made of others take over what is named so (`optim/cache/cache_common.py`).
 _STATE = "_qwen3_vl_next_position"
 _RUNS = "_qwen3_vl_visual_runs"
 # What is noted on a cache token by token, (B, tokens); moves and shrinks with the rows.
@@ -239,9 +240,18 @@ def next_positions_seen(cache) -> torch.Tensor | None:
 def forget_positions_after(cache, length: int) -> None:
     """Drops what was noted for tokens that the cache no longer holds, as after `crop` or `reset`."""
     for name in _NOTES:
-        rows = getattr(cache, name, None)
-        if rows is not None and rows.shape[1] > length:
-            setattr(cache, name, rows[:, :length] if length else None)
+        _forget(cache, name, length)
+
+
+def forget_runs_after(cache, entries: int) -> None:
+    """As [`forget_positions_after`], for pictures alone: they are noted by entry where visual tokens were left out."""
+    _forget(cache, _RUNS, entries)
+
+
+def _forget(cache, name: str, length: int) -> None:
+    rows = getattr(cache, name, None)
+    if rows is not None and rows.shape[1] > length:
+        setattr(cache, name, rows[:, :length] if length else None)
 
 
 def next_position(cache, length: int, batch_size: int) -> torch.Tensor | None:

@@ -57,9 +57,9 @@ def plain_blocks(
     for flags, masked in units.passes():
         for chosen, blocks in units.chunks(flags, masked):
             mask = units.mask(chosen, blocks) if masked else None
-            new, new_log_sum = _attend_with_log_sum(*units.gather(chosen, blocks), mask, scaling, units.fused)
+            new, new_log_sum = attend_with_log_sum(*units.gather(chosen, blocks), mask, scaling, units.fused)
             if masked:
-                new, new_log_sum = _merge(out[chosen], log_sum[chosen], new, new_log_sum)
+                new, new_log_sum = merge(out[chosen], log_sum[chosen], new, new_log_sum)
             out = out.index_copy_(0, chosen, new.to(out.dtype))
             log_sum = log_sum.index_copy_(0, chosen, new_log_sum)
     return units.restore(out)
@@ -111,7 +111,7 @@ class _Units:
     def __init__(self, query, key, value, layout, block_map: BlockMap):
         self.batch, self.heads, self.queries, self.dim = query.shape
         self.kv_heads, self.keys = key.shape[1:3]
-        self.fused = _fused(query, key, value)
+        self.fused = has_fused_kernel(query, key, value)
         self.layout, self.query_block, self.key_block = layout, block_map.query_block, block_map.key_block
         self.query_blocks, self.key_blocks = block_map.mask.shape[2:]
         # One list for all heads: the heads of a KV head go together. Otherwise every head is a lane of its own.
@@ -196,9 +196,9 @@ def _attend_whole(query, key, value, scaling: float, causal: bool) -> torch.Tens
     return out.transpose(1, 2)
 
 
-def _attend_with_log_sum(query, key, value, mask: torch.Tensor | None, scaling: float, fused: bool):
+def attend_with_log_sum(query, key, value, mask: torch.Tensor | None, scaling: float, in_one_kernel: bool):
     """Attention (u, rows, D) and its log-sum-exp (u, rows) of queries (u, 1, rows, D)."""
-    if fused:
+    if in_one_kernel:
         bias = None
         if mask is not None:
             bias = torch.zeros((), dtype=query.dtype).masked_fill(~mask, float("-inf"))
@@ -223,14 +223,14 @@ def _attend_with_log_sum(query, key, value, mask: torch.Tensor | None, scaling: 
     return (weights / total) @ value[:, 0].to(dtype), log_sum[..., 0]
 
 
-def _merge(first, first_log_sum, second, second_log_sum):
-    """Attention over two sets of keys out of attention over each."""
+def merge(first, first_log_sum, second, second_log_sum):
+    """Attention over two sets of keys, and its log-sum-exp, out of those over each."""
     log_sum = torch.logaddexp(first_log_sum, second_log_sum)
     share = (first_log_sum - log_sum).exp()[..., None], (second_log_sum - log_sum).exp()[..., None]
-    return first * share[0] + second * share[1], log_sum
+    return (second * share[1]).addcmul_(first, share[0]), log_sum
 
 
-def _fused(*tensors: torch.Tensor) -> bool:
+def has_fused_kernel(*tensors: torch.Tensor) -> bool:
     """Whether PyTorch's fused CPU kernel serves: it gives no gradient through the log-sum-exp."""
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return tensors[0].device.type == "cpu" and not grad

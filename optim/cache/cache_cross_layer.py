@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from ..technique_optim import Technique, refuse_unknown
+from ..technique_optim import refuse_unknown
+from .cache_common import CacheTechnique
 from .cache_paged import PagedKVCache
 from .kv_quantization import ROLLBACK_TOKENS
 from .memory_pool import PagePools
@@ -128,13 +129,6 @@ class CrossLayerKVCache(PagedKVCache):
         for layer in self.layers:
             layer.crop(min(length - layer.get_seq_length(), 0) if tokens_to_remove < 0 else tokens_to_remove)
 
-    def to_dynamic(self) -> DynamicCache:
-        """A `DynamicCache` with the same content, restored; this one stays as it is."""
-        dynamic = super().to_dynamic()
-        for name in ("settings", "pairs", "_warned"):
-            vars(dynamic).pop(name)
-        return dynamic
-
     @classmethod
     def from_dynamic(cls, cache: Cache, config, **options) -> "CrossLayerKVCache":
         """As of [`PagedKVCache`], with the arguments of this class; what is old enough is merged at once."""
@@ -162,7 +156,7 @@ class CrossLayerKVCache(PagedKVCache):
         )
 
 
-class CrossLayerCache(Technique):
+class CrossLayerCache(CacheTechnique):
     """Every request of `generate()` gets a [`CrossLayerKVCache`]. Lossy.
 
     Args:
@@ -174,6 +168,7 @@ class CrossLayerCache(Technique):
 
     name = "cross_layer_cache"
     exact = False
+    cache_class = CrossLayerKVCache
 
     def __init__(self, config=None, **settings: Any):
         known = {**vars(SharingSettings()), "page_tokens": 64}
@@ -181,12 +176,3 @@ class CrossLayerCache(Technique):
         super().__init__(**{**known, **settings})
         PagePools(self.settings["page_tokens"])
         SharingSettings(**{name: value for name, value in self.settings.items() if name != "page_tokens"})
-
-    def apply(self, model) -> None:
-        """Nothing to change: the cache is asked for by `make_cache`."""
-
-    def revert(self, model) -> None:
-        """Nothing to undo."""
-
-    def make_cache(self, model, batch_size: int, max_length: int) -> CrossLayerKVCache:
-        return CrossLayerKVCache(model.config, **self.settings)

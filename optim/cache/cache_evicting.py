@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
-from ..technique_optim import Technique, refuse_unknown
-from .cache_paged import PagedLayer, _with_notes
+from ..technique_optim import refuse_unknown
+from .cache_common import CacheTechnique, HistoryCache, count_full_attention, whole_history, with_notes
+from .cache_paged import PagedLayer
 from .evicting_layer import EvictingLayer
 from .eviction_budget import EvictionSettings, TokenNotes
 from .eviction_policies import POLICIES
@@ -23,7 +24,7 @@ SETTINGS = tuple(field.name for field in fields(EvictionSettings))
 STORES = ("paged", "quantized")
 
 
-class EvictingKVCache(Cache):
+class EvictingKVCache(HistoryCache):
     """A cache of [`EvictingLayer`]s that keeps a part of what it has seen: give it as `past_key_values=`.
 
     Lossy. What is evicted is invisible from then on; the tokens of the forward that brought it have still attended to
@@ -79,21 +80,13 @@ class EvictingKVCache(Cache):
         check_policy(policy)
         refuse_unknown(type(self).__name__, settings, SETTINGS)
         self.policy, self.settings, self.notes = policy, EvictionSettings(**settings), TokenNotes()
-        kinds = [type(layer) for layer in DynamicCache(config=config).layers]
-        others = sorted({kind.__name__ for kind in kinds if kind is not DynamicLayer})
+        count = count_full_attention(config, type(self).__name__)
         shares = self.settings.layer_shares
-        if shares and len(shares) != len(kinds):
-            raise ValueError(f"layer_shares has {len(shares)} shares for {len(kinds)} layers; give one for each.")
-        if others or not kinds:
-            raise ValueError(f"{type(self).__name__} is for layers of full attention alone, the model has {others}.")
+        if shares and len(shares) != count:
+            raise ValueError(f"layer_shares has {len(shares)} shares for {count} layers; give one for each.")
         make_store = store_maker(store, store_options or {}, page_tokens, pool)
         shared = (POLICIES[policy], self.settings, make_store, self.notes)
-        super().__init__(layers=[EvictingLayer(*shared, layer, len(kinds)) for layer in range(len(kinds))])
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of entries, positions and notes in all layers."""
-        return sum(layer.held_bytes for layer in self.layers)
+        super().__init__(layers=[EvictingLayer(*shared, layer, count) for layer in range(count)])
 
     @property
     def evicted(self) -> bool:
@@ -201,17 +194,10 @@ class EvictingKVCache(Cache):
             ValueError: if a layer of `cache` does not hold every token that it has seen.
         """
         evicting = cls(config, **options)
-        for index, layer in enumerate(cache.layers):
-            seen = int(layer.get_seq_length())
-            keys, values = layer.keys, layer.values
-            if not seen or keys is None or keys.ndim != 4 or keys.shape[2] != seen:
-                raise ValueError(
-                    f"layer {index} of the {type(cache).__name__} does not hold the {seen} tokens that it has seen; "
-                    "only filled caches of plain full attention can be converted, such as DynamicCache."
-                )
-            evicting.layers[index].adopt(keys, values)
+        for index in range(len(cache.layers)):
+            evicting.layers[index].adopt(*whole_history(cache, index))
         evicting.notes.describe(cache.get_seq_length(), None, None)
-        return _with_notes(evicting, cache)
+        return with_notes(evicting, cache)
 
     def to_dynamic(self) -> DynamicCache:
         """A `DynamicCache` with the same content, as long as nothing was evicted; this one stays as it is.
@@ -224,17 +210,10 @@ class EvictingKVCache(Cache):
                 f"the cache has evicted some of the {self.get_seq_length()} tokens it has seen, and a DynamicCache "
                 "cannot say which are gone; convert before anything is evicted, or run the conversation again."
             )
-        dynamic = DynamicCache()
-        for index, layer in enumerate(self.layers):
-            if layer.get_seq_length():
-                dynamic.update(*layer.dense(), index)
-        dynamic = _with_notes(dynamic, self)
-        for name in ("policy", "settings", "notes"):
-            vars(dynamic).pop(name)
-        return dynamic
+        return super().to_dynamic()
 
 
-class EvictingCache(Technique):
+class EvictingCache(CacheTechnique):
     """Every request of `generate()` gets an [`EvictingKVCache`]. Lossy.
 
     Args:
@@ -246,6 +225,7 @@ class EvictingCache(Technique):
 
     name = "evicting_cache"
     exact = False
+    cache_class = EvictingKVCache
 
     def __init__(self, config=None, policy: str = "modality", **settings: Any):
         refuse_unknown(self.name, settings, ("store", "store_options", "page_tokens", *SETTINGS))
@@ -253,15 +233,6 @@ class EvictingCache(Technique):
         EvictionSettings(**{name: value for name, value in settings.items() if name in SETTINGS})
         store_maker(settings.get("store", "paged"), settings.get("store_options", {}), settings.get("page_tokens", 64))
         super().__init__(policy=policy, **settings)
-
-    def apply(self, model) -> None:
-        """Nothing to change: the cache is asked for by `make_cache`."""
-
-    def revert(self, model) -> None:
-        """Nothing to undo."""
-
-    def make_cache(self, model, batch_size: int, max_length: int) -> EvictingKVCache:
-        return EvictingKVCache(model.config, **self.settings)
 
 
 def check_policy(policy: str) -> None:

@@ -4,16 +4,25 @@ Source: PagedAttention (Kwon et al., arXiv 2309.06180), sections 4.2 to 4.4, wit
 al., arXiv 2406.10774). Here a layer's batch rows all have the same length, as `transformers` pads them.
 """
 
-from functools import cache as remember_result
 from functools import partial
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from ..attention.page_scores import page_scores, pooled_page_scores
-from ..technique_optim import Technique, refuse_unknown
-from .memory_pool import MemoryPool, NoPickle, PageBlock, PagePools, PageView, page_blocks, page_runs, require_positive
+from ..technique_optim import refuse_unknown
+from .cache_common import (
+    CacheTechnique,
+    CroppingCache,
+    HistoryWithoutGradient,
+    NoPickle,
+    count_full_attention,
+    require_alike,
+    require_rows,
+    row_numbers,
+)
+from .memory_pool import MemoryPool, PageBlock, PagePools, PageView, page_blocks, page_runs, require_positive
 
 
 class PagedLayer(NoPickle, CacheLayerMixin):
@@ -70,8 +79,8 @@ class PagedLayer(NoPickle, CacheLayerMixin):
             return key_states, value_states
         keys, values = self.dense()
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            keys = _HistoryWithoutGradient.apply(keys, key_states)
-            values = _HistoryWithoutGradient.apply(values, value_states)
+            keys = HistoryWithoutGradient.apply(keys, key_states)
+            values = HistoryWithoutGradient.apply(values, value_states)
         return keys, values
 
     @torch.compiler.disable
@@ -172,7 +181,7 @@ class PagedLayer(NoPickle, CacheLayerMixin):
             IndexError: for a row that does not exist; nothing changes then.
         """
         if self._length:
-            self._take_rows(_row_numbers(indices, len(self._table)))
+            self._take_rows(row_numbers(indices, len(self._table)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row; the repetitions share its pages."""
@@ -205,11 +214,7 @@ class PagedLayer(NoPickle, CacheLayerMixin):
         self._device_table = self._gather_index = self._blocks = None
 
     def _require_fit(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if keys.ndim != 4 or keys.shape != values.shape or keys.dtype != values.dtype or keys.device != values.device:
-            raise ValueError(
-                "keys and values must be alike and of shape (batch, KV heads, tokens, head_dim), got "
-                f"{tuple(keys.shape)} in {keys.dtype} and {tuple(values.shape)} in {values.dtype}."
-            )
+        require_alike(keys, values)
         rows, heads, new, dim = keys.shape
         if self.max_tokens is not None and self._length + new > self.max_tokens:
             raise ValueError(
@@ -222,11 +227,8 @@ class PagedLayer(NoPickle, CacheLayerMixin):
         fits = heads == pool.kv_heads and dim == pool.head_dim and keys.dtype == pool.dtype
         if not fits or keys.device != pool.device:
             pool.pool_for(keys)  # raises, and says what differs
-        if self._length and rows != len(self._table):
-            raise ValueError(
-                f"the cache holds {len(self._table)} rows but the batch has {rows}; use a cache made for this batch, "
-                "or move its rows with reorder_cache, batch_select_indices or batch_repeat_interleave first."
-            )
+        if self._length:
+            require_rows(rows, len(self._table))
 
     def _require_content(self) -> None:
         if not self._length:
@@ -347,7 +349,7 @@ class PagedLayer(NoPickle, CacheLayerMixin):
         self._set_table(new)
 
 
-class PagedKVCache(Cache):
+class PagedKVCache(CroppingCache):
     """A cache of [`PagedLayer`]s: give it as `past_key_values=`.
 
     Exact, and the same tokens as `DynamicCache`. Appending never copies the history, beams and copies share pages
@@ -379,69 +381,11 @@ class PagedKVCache(Cache):
         if config is None:
             super().__init__(layer_class_to_replicate=partial(PagedLayer, self.pools, max_tokens))
             return
-        layers = DynamicCache(config=config).layers
-        others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
-        if others:
-            raise ValueError(f"PagedKVCache is for layers of full attention alone, but the model has {others}.")
-        super().__init__(layers=[PagedLayer(self.pools, max_tokens) for _ in layers])
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the pages of all layers; what rows share counts once."""
-        return sum(layer.held_bytes for layer in self.layers)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`PagedLayer.update`]. If a layer fails, those before it drop the new tokens too."""
-        try:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except Exception:
-            new, seen = key_states.shape[-2], self.get_seq_length(layer_idx)
-            for layer in self.layers[:layer_idx]:
-                if layer.get_seq_length() == seen + new:
-                    layer.crop(-new)
-            raise
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx.cpu())  # once, and not by every layer
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(torch.as_tensor(indices).cpu())
-
-    @classmethod
-    def from_dynamic(cls, cache: Cache, **options) -> "PagedKVCache":
-        """A paged cache with the content of a cache that holds all tokens of full attention, which stays as it is.
-
-        Args:
-            options: the arguments of the class.
-        Raises:
-            ValueError: if a layer of `cache` does not hold every token that it has seen.
-        """
-        paged = cls(**options)
-        for index, layer in enumerate(cache.layers):
-            seen = int(layer.get_seq_length())
-            if not seen:
-                continue
-            keys, values = layer.keys, layer.values
-            if getattr(layer, "is_sliding", False) or keys is None or keys.ndim != 4 or keys.shape[2] != seen:
-                raise ValueError(
-                    f"layer {index} of the {type(cache).__name__} does not hold the {seen} tokens that it has seen; "
-                    "only caches of plain full attention can be converted, such as DynamicCache."
-                )
-            paged.update(keys, values, index, dense=False)
-        return _with_notes(paged, cache)
-
-    def to_dynamic(self) -> DynamicCache:
-        """A `DynamicCache` with the same content; this one stays as it is."""
-        dynamic = DynamicCache()
-        for index, layer in enumerate(self.layers):
-            if layer.get_seq_length():
-                dynamic.update(*layer.dense(), index)
-        return _with_notes(dynamic, self)
+        count = count_full_attention(config, type(self).__name__)
+        super().__init__(layers=[PagedLayer(self.pools, max_tokens) for _ in range(count)])
 
 
-class PagedCache(Technique):
+class PagedCache(CacheTechnique):
     """Every request of `generate()` gets a [`PagedKVCache`]. Exact.
 
     Args:
@@ -461,55 +405,7 @@ class PagedCache(Technique):
         super().__init__(page_tokens=page_tokens, max_bytes=max_bytes)
         self._shared = PagePools(page_tokens, max_bytes)
 
-    def apply(self, model) -> None:
-        """Nothing to change: the cache is asked for by `make_cache`."""
-
-    def revert(self, model) -> None:
-        """Nothing to undo."""
-
     def make_cache(self, model, batch_size: int, max_length: int) -> PagedKVCache:
         # Not limited to `max_length`: the caller may go on with the cache that `generate()` returns.
         pool = None if self.settings["max_bytes"] is None else self._shared
         return PagedKVCache(model.config, self.settings["page_tokens"], pool=pool)
-
-
-class _HistoryWithoutGradient(torch.autograd.Function):
-    """Passes a gathered history on, and says so when somebody wants its gradient."""
-
-    @staticmethod
-    def forward(ctx, history, new_states):
-        return history.view_as(history)
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError("this cache keeps no gradients of the history; train in one forward, or with DynamicCache.")
-
-
-def _row_numbers(indices, rows: int) -> np.ndarray:
-    """Row numbers (n,) out of numbers or flags."""
-    numbers = torch.as_tensor(indices).cpu().numpy()
-    if numbers.dtype == bool and numbers.shape == (rows,):
-        return np.flatnonzero(numbers)
-    fits = numbers.ndim == 1 and (np.issubdtype(numbers.dtype, np.integer) or not numbers.size)
-    if not fits or (numbers.size and (numbers.min() < -rows or numbers.max() >= rows)):
-        raise IndexError(
-            f"the cache has {rows} rows, got indices {numbers.tolist()}; give row numbers or one flag a row."
-        )
-    return numbers.astype(np.int64)
-
-
-def _with_notes(target: Cache, source: Cache) -> Cache:
-    """Takes over what a model noted on `source`, as M-RoPE positions, and the class that moves it with the rows."""
-    own = {*vars(Cache(layers=[])), "only_non_sliding", "prefetch_stream", "pools", "max_tokens", "_is_user_defined"}
-    for name, note in vars(source).items():
-        if name not in own:
-            setattr(target, name, note)
-    follower = next((base for base in type(source).__mro__ if "positions_follow_rows" in vars(base)), None)
-    if follower is not None:
-        target.__class__ = _put_in_front(follower, type(target))
-    return target
-
-
-@remember_result
-def _put_in_front(follower: type, cache_class: type) -> type:
-    return type(cache_class.__name__, (follower, cache_class), {"__module__": cache_class.__module__})

@@ -6,16 +6,15 @@ Sources: KIVI (Liu et al., arXiv 2402.02750) and QuaRot (Ashkboos et al., arXiv 
 from functools import partial
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..technique_optim import Technique, refuse_unknown
-from .cache_paged import _with_notes
+from ..technique_optim import refuse_unknown
+from .cache_common import CacheTechnique, CroppingCache, count_full_attention
 from .kv_quantization import QuantizedSettings, quantized_bytes
 from .memory_pool import PagePools
 from .quantized_layer import QuantizedLayer
 
 
-class QuantizedKVCache(Cache):
+class QuantizedKVCache(CroppingCache):
     """A cache of [`QuantizedLayer`]s: give it as `past_key_values=`.
 
     Lossy. At 4 bits it holds 0.29 of bfloat16's bytes, scales and window included. Keys are quantized per channel over
@@ -62,21 +61,12 @@ class QuantizedKVCache(Cache):
         if config is None:
             super().__init__(layer_class_to_replicate=make_layer)
             return
-        layers = DynamicCache(config=config).layers
-        others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
-        if others:
-            raise ValueError(f"QuantizedKVCache is for layers of full attention alone, but the model has {others}.")
-        super().__init__(layers=[make_layer() for _ in layers])
+        super().__init__(layers=[make_layer() for _ in range(count_full_attention(config, type(self).__name__))])
 
     @staticmethod
     def bytes_per_row(tokens: int, kv_heads: int, head_dim: int, itemsize: int = 2, **settings) -> int:
         """Bytes that one layer holds for one row of `tokens`; `settings` as for the class, see `quantized_bytes`."""
         return quantized_bytes(tokens, kv_heads, head_dim, itemsize, **settings)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that all layers hold."""
-        return sum(layer.held_bytes for layer in self.layers)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -84,56 +74,11 @@ class QuantizedKVCache(Cache):
         """See [`QuantizedLayer.update`]. If a layer fails, those before it drop the new tokens too."""
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except Exception as error:
-            new, seen = key_states.shape[-2], self.get_seq_length(layer_idx)
-            for layer in self.layers[:layer_idx]:
-                if layer.get_seq_length() == seen + new:
-                    layer.crop(-new)
-            if isinstance(error, ValueError):
-                raise ValueError(f"layer {layer_idx}: {error}") from None
-            raise
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx.cpu())  # once, and not by every layer
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(torch.as_tensor(indices).cpu())
-
-    @classmethod
-    def from_dynamic(cls, cache: Cache, **options) -> "QuantizedKVCache":
-        """A quantized cache with the content of a cache that holds all tokens of full attention, which stays as it is.
-
-        Args:
-            options: the arguments of the class.
-        Raises:
-            ValueError: if a layer of `cache` does not hold every token that it has seen.
-        """
-        quantized = cls(**options)
-        for index, layer in enumerate(cache.layers):
-            seen = int(layer.get_seq_length())
-            if not seen:
-                continue
-            keys, values = layer.keys, layer.values
-            if keys is None and hasattr(layer, "dense"):
-                keys, values = layer.dense()
-            if getattr(layer, "is_sliding", False) or keys is None or keys.ndim != 4 or keys.shape[2] != seen:
-                raise ValueError(
-                    f"layer {index} of the {type(cache).__name__} does not hold the {seen} tokens that it has seen; "
-                    "only caches of plain full attention can be converted, such as DynamicCache."
-                )
-            quantized.update(keys, values, index, dense=False)
-        return _with_notes(quantized, cache)
-
-    def to_dynamic(self) -> DynamicCache:
-        """A `DynamicCache` with the same content, unpacked; this one stays as it is."""
-        dynamic = DynamicCache()
-        for index, layer in enumerate(self.layers):
-            if layer.get_seq_length():
-                dynamic.update(*layer.dense(), index)
-        return _with_notes(dynamic, self)
+        except ValueError as error:
+            raise ValueError(f"layer {layer_idx}: {error}") from None
 
 
-class QuantizedCache(Technique):
+class QuantizedCache(CacheTechnique):
     """Every request of `generate()` gets a [`QuantizedKVCache`]. Lossy.
 
     Args:
@@ -145,6 +90,7 @@ class QuantizedCache(Technique):
 
     name = "quantized_cache"
     exact = False
+    cache_class = QuantizedKVCache
 
     def __init__(
         self,
@@ -159,12 +105,3 @@ class QuantizedCache(Technique):
         refuse_unknown(self.name, unknown, settings)
         super().__init__(**settings)
         QuantizedSettings(**settings)
-
-    def apply(self, model) -> None:
-        """Nothing to change: the cache is asked for by `make_cache`."""
-
-    def revert(self, model) -> None:
-        """Nothing to undo."""
-
-    def make_cache(self, model, batch_size: int, max_length: int) -> QuantizedKVCache:
-        return QuantizedKVCache(model.config, **self.settings)

@@ -5,10 +5,10 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 
-from ..technique_optim import Technique, refuse_unknown
-from .cache_paged import _with_notes
+from ..technique_optim import refuse_unknown
+from .cache_common import CacheTechnique, HistoryCache, count_full_attention
 from .tier_settings import Tiers, TierSettings
 from .tiered_layer import TieredLayer
 
@@ -16,7 +16,7 @@ from .tiered_layer import TieredLayer
 SETTINGS = tuple(field.name for field in fields(TierSettings))
 
 
-class TieredKVCache(Cache):
+class TieredKVCache(HistoryCache):
     """A cache of [`TieredLayer`]s that holds every token, the less exactly or the further away the less it is used.
 
     The history lies in segments of some hundred tokens. Full ones move between tiers: full precision, int8, int4 (the
@@ -57,17 +57,9 @@ class TieredKVCache(Cache):
 
     def __init__(self, config, **settings: Any):
         refuse_unknown(type(self).__name__, settings, SETTINGS)
-        kinds = [type(layer) for layer in DynamicCache(config=config).layers]
-        others = sorted({kind.__name__ for kind in kinds if kind is not DynamicLayer})
-        if others or not kinds:
-            raise ValueError(f"{type(self).__name__} is for layers of full attention alone, the model has {others}.")
-        self.tiers = Tiers(TierSettings(**settings), len(kinds))
-        super().__init__(layers=[TieredLayer(self.tiers, index) for index in range(len(kinds))])
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of all layers in the device's memory."""
-        return sum(layer.held_bytes for layer in self.layers)
+        count = count_full_attention(config, type(self).__name__)
+        self.tiers = Tiers(TierSettings(**settings), count)
+        super().__init__(layers=[TieredLayer(self.tiers, index) for index in range(count)])
 
     @property
     def stored_bytes(self) -> int:
@@ -117,29 +109,7 @@ class TieredKVCache(Cache):
         Raises:
             ValueError: if a layer of `cache` does not hold every token that it has seen.
         """
-        tiered = cls(config, **settings)
-        for index, layer in enumerate(cache.layers):
-            seen = int(layer.get_seq_length())
-            if not seen:
-                continue
-            keys, values = layer.keys, layer.values
-            if getattr(layer, "is_sliding", False) or keys is None or keys.ndim != 4 or keys.shape[2] != seen:
-                raise ValueError(
-                    f"layer {index} of the {type(cache).__name__} does not hold the {seen} tokens that it has seen; "
-                    "only caches of plain full attention can be converted, such as DynamicCache."
-                )
-            tiered.update(keys, values, index, dense=False)
-        return _with_notes(tiered, cache)
-
-    def to_dynamic(self) -> DynamicCache:
-        """A `DynamicCache` with the same content, in full precision as far as that is still there."""
-        dynamic = DynamicCache()
-        for index, layer in enumerate(self.layers):
-            if layer.get_seq_length():
-                dynamic.update(*layer.dense(), index)
-        dynamic = _with_notes(dynamic, self)
-        del dynamic.tiers
-        return dynamic
+        return super().from_dynamic(cache, config=config, **settings)
 
     def _change_all(self, change: Callable[[], None]) -> None:
         before = [layer.state for layer in self.layers]
@@ -151,7 +121,7 @@ class TieredKVCache(Cache):
             raise
 
 
-class HierarchicalMemoryCompression(Technique):
+class HierarchicalMemoryCompression(CacheTechnique):
     """Every request of `generate()` gets a [`TieredKVCache`]. Lossy, unless the quantized tiers are switched off.
 
     Args:
@@ -163,17 +133,9 @@ class HierarchicalMemoryCompression(Technique):
 
     name = "tiered_cache"
     exact = False
+    cache_class = TieredKVCache
 
     def __init__(self, config=None, **settings: Any):
         refuse_unknown(self.name, settings, SETTINGS)
         TierSettings(**settings)
         super().__init__(**settings)
-
-    def apply(self, model) -> None:
-        """Nothing to change: the cache is asked for by `make_cache`."""
-
-    def revert(self, model) -> None:
-        """Nothing to undo."""
-
-    def make_cache(self, model, batch_size: int, max_length: int) -> TieredKVCache:
-        return TieredKVCache(model.config, **self.settings)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .cache_paged import PagedLayer, _HistoryWithoutGradient
+from .cache_common import HistoryWithoutGradient, require_rows
+from .cache_paged import PagedLayer
 from .eviction_budget import EvictionSettings, RowBudget, TokenCounts, TokenNotes, choose_entries, packed_order
 from .eviction_merging import merge_evicted
 from .eviction_policies import Entries, Policy, attention_sums, latest_queries
@@ -220,7 +221,7 @@ class EvictingLayer(CacheLayerMixin):
             return key_states, value_states
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return tuple(
-                states if states is new else _HistoryWithoutGradient.apply(states, new)
+                states if states is new else HistoryWithoutGradient.apply(states, new)
                 for states, new in zip(found, (key_states, value_states), strict=True)
             )
         return found
@@ -316,11 +317,8 @@ class EvictingLayer(CacheLayerMixin):
 
     def _require_fit(self, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor | None) -> None:
         held = self._holding
-        if held.rows and len(keys) != held.rows:
-            raise ValueError(
-                f"the cache holds {held.rows} rows but the batch has {len(keys)}; use a cache made for this batch, or "
-                "move its rows with reorder_cache, batch_select_indices or batch_repeat_interleave first."
-            )
+        if held.rows:
+            require_rows(len(keys), held.rows)
         given = (keys.shape[1], keys.shape[-1], keys.dtype)
         if held.rows and given != self._form:
             own, other = (f"{heads} KV heads of {dim} in {dtype}" for heads, dim, dtype in (self._form, given))

@@ -15,18 +15,10 @@ from threading import RLock
 import numpy as np
 import torch
 
+from .cache_common import NoPickle
+
 
 HUGE_PAGE_BYTES = 2**21
-
-
-class NoPickle:
-    """Refuses to be pickled: what it stands for are places in this process's memory."""
-
-    def __reduce_ex__(self, protocol):
-        raise TypeError(
-            f"{type(self).__name__} cannot be pickled, since its pages live in a pool of this process; "
-            "pickle `PagedKVCache.to_dynamic()` instead, or use copy.deepcopy."
-        )
 
 
 @dataclass(frozen=True)
@@ -289,8 +281,11 @@ class PagePools(NoPickle):
         key = (states.shape[1], states.shape[3], states.dtype, states.device)
         with self._lock:
             if key not in self.pools:
-                self.pools[key] = MemoryPool(*key, page_tokens=self.page_tokens, max_bytes=self.max_bytes)
+                self.pools[key] = self.make_pool(*key, page_tokens=self.page_tokens, max_bytes=self.max_bytes)
             return self.pools[key]
+
+    def make_pool(self, *shape_dtype_device, **options) -> MemoryPool:
+        return MemoryPool(*shape_dtype_device, **options)
 
     def __deepcopy__(self, memo):
         return self

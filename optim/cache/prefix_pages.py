@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from threading import RLock
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache
 
 from .cache_paged import PagedKVCache, PagedLayer
 from .memory_pool import MemoryPool, PagePools
@@ -44,11 +42,6 @@ class PrefixedKVCache(PagedKVCache):
     def rows(self) -> int:
         """Batch rows held; 0 of an empty cache."""
         return len(self.layers[0].page_view().table) if self.get_seq_length() else 0
-
-    def to_dynamic(self) -> DynamicCache:
-        dynamic = super().to_dynamic()
-        vars(dynamic).pop("prefix_ticket", None)  # it has no pages to be kept
-        return dynamic
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,13 +111,7 @@ class SharedPools(PagePools):
 
     def __init__(self, lock: RLock, make_room: Callable[[], bool], page_tokens: int, max_bytes: int | None):
         super().__init__(page_tokens, max_bytes)
-        self.make_pool = partial(
-            _EvictingPool, lock=lock, make_room=make_room, page_tokens=page_tokens, max_bytes=max_bytes
-        )
+        self._room = {"lock": lock, "make_room": make_room}
 
-    def pool_for(self, states: torch.Tensor) -> MemoryPool:
-        key = (states.shape[1], states.shape[3], states.dtype, states.device)
-        with self._lock:
-            if key not in self.pools:
-                self.pools[key] = self.make_pool(*key)
-            return self.pools[key]
+    def make_pool(self, *shape_dtype_device, **options) -> MemoryPool:
+        return _EvictingPool(*shape_dtype_device, **options, **self._room)

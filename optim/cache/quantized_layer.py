@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..attention.blocks_plain import plain_blocks
 from ..native.native_quantized import native_quantized_decode, supports_quantized
-from .cache_paged import _row_numbers
+from .cache_common import HistoryWithoutGradient, NoPickle, require_alike, require_rows, row_numbers
 from .kv_quantization import (
     ROLLBACK_TOKENS,
     PackedFormat,
@@ -29,7 +29,7 @@ from .kv_quantization import (
     rollback_window,
     rotate_states,
 )
-from .memory_pool import NoPickle, PagePools
+from .memory_pool import PagePools
 from .quantized_reading import attend_piece_by_piece, attend_to_records, attend_to_states, merge_parts
 
 
@@ -243,7 +243,7 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
             IndexError: for a row that does not exist; nothing changes then.
         """
         if self._state.length:
-            self._take_rows(_row_numbers(indices, self._state.newest.shape[1]))
+            self._take_rows(row_numbers(indices, self._state.newest.shape[1]))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row; the repetitions share its pages."""
@@ -286,11 +286,7 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
             raise ValueError("the layer holds no tokens yet; call update() first.")
 
     def _require_fit(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if keys.ndim != 4 or keys.shape != values.shape or keys.dtype != values.dtype or keys.device != values.device:
-            raise ValueError(
-                "keys and values must be alike and of shape (batch, KV heads, tokens, head_dim), got "
-                f"{tuple(keys.shape)} in {keys.dtype} and {tuple(values.shape)} in {values.dtype}."
-            )
+        require_alike(keys, values)
         if not keys.is_floating_point():
             raise ValueError(f"keys and values must be floating point to be quantized, got {keys.dtype}.")
         if not self._state.length:
@@ -302,11 +298,7 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
                 f"the cache holds {heads} KV heads of {dim} in {self.dtype} on {self.device} but the keys have "
                 f"{keys.shape[1]} of {keys.shape[3]} in {keys.dtype} on {keys.device}; make a cache for this model."
             )
-        if keys.shape[0] != rows:
-            raise ValueError(
-                f"the cache holds {rows} rows but the batch has {keys.shape[0]}; use a cache made for this batch, "
-                "or move its rows with reorder_cache, batch_select_indices or batch_repeat_interleave first."
-            )
+        require_rows(keys.shape[0], rows)
 
     def _append(self, states: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Keys and values (B, KV heads, new, D) behind the history, or an error with nothing changed."""
@@ -450,7 +442,9 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
         kept = before.newest[:, :, :, packed - before.first : before.length - before.first]
         history = self._dense(packed, [x.detach() for x in kept])
         if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            history = [_WithoutGradient.apply(old, new) for old, new in zip(history, (keys, values), strict=True)]
+            history = [
+                HistoryWithoutGradient.apply(old, new) for old, new in zip(history, (keys, values), strict=True)
+            ]
         return tuple(torch.cat(states, 2) for states in zip(history, (keys, values), strict=True))
 
     def _take_rows(self, rows: np.ndarray) -> None:
@@ -462,20 +456,6 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
         self.pool.retain(table)
         self.pool.release(state.table)
         self._set(replace(state, table=table, newest=newest))
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """Passes an unpacked history on, and says so when somebody wants its gradient."""
-
-    @staticmethod
-    def forward(ctx, history, new_states):
-        return history.view_as(history)
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(
-            "QuantizedKVCache keeps no gradients of the history; train in one forward, or with DynamicCache."
-        )
 
 
 def _between(state: _State, states: tuple[torch.Tensor, torch.Tensor], begin: int, end: int) -> torch.Tensor:

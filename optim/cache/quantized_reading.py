@@ -6,12 +6,17 @@ many, keys and values are unpacked. The pieces are merged by their log-sum-exp, 
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 
 import torch
 
-from ..attention.blocks_plain import NOTHING, _attend_with_log_sum, _fused, _merge
+from ..attention.blocks_plain import NOTHING, attend_with_log_sum, has_fused_kernel, merge
 from .kv_quantization import PackedFormat, multiply_codes, record_parts
+
+
+# Queries that are attended to at once where they need a mask, which is a flag and a number for each pair.
+MASKED_QUERIES = 256
 
 
 def attend_piece_by_piece(
@@ -46,7 +51,7 @@ def merge_parts(parts: Iterable[tuple[torch.Tensor, torch.Tensor]], query: torch
         if out is None:
             out, log_sum = part.float(), part_log_sum
         else:
-            out, log_sum = _merge(out, log_sum, part.float(), part_log_sum)
+            out, log_sum = merge(out, log_sum, part, part_log_sum)
     return out.to(query.dtype).view(query.shape).transpose(1, 2)
 
 
@@ -62,6 +67,22 @@ def attend_to_states(
         (B * KV heads, rows, D) and (B * KV heads, rows), the query heads of a KV head as rows; zeros for those that
         see nothing.
     """
+    queries, end = query.shape[2], first + keys.shape[2]
+    if queries <= MASKED_QUERIES or _sees_all(layout, first, end):
+        return _attend_at_once(query, keys, values, layout, scaling, first)
+    outs, log_sums = [], []
+    for start in range(0, queries, MASKED_QUERIES):
+        part = query[:, :, start : start + MASKED_QUERIES]
+        own = replace(layout, query_offset=layout.query_offset + start)
+        reached = max(1, own.query_offset + part.shape[2] - first)  # keys behind these no query of the part sees
+        keys_seen, values_seen = keys[:, :, :reached], values[:, :, :reached]
+        out, log_sum = _attend_at_once(part, keys_seen, values_seen, own, scaling, first)
+        outs.append(out.unflatten(1, (-1, part.shape[2])))
+        log_sums.append(log_sum.unflatten(1, (-1, part.shape[2])))
+    return torch.cat(outs, 2).flatten(1, 2), torch.cat(log_sums, 2).flatten(1, 2)
+
+
+def _attend_at_once(query, keys, values, layout, scaling: float, first: int):
     (batch, heads, queries, dim), kv_heads = query.shape, keys.shape[1]
     rows = query.reshape(batch * kv_heads, 1, -1, dim)
     keys, values = (x.reshape(batch * kv_heads, 1, -1, dim).to(query.dtype) for x in (keys, values))
@@ -69,7 +90,7 @@ def attend_to_states(
     if seen is not None:  # (B or 1, T or 1, n) to (B * KV heads, 1, rows, n)
         seen = seen.expand(batch, queries, -1).repeat_interleave(kv_heads, 0)[:, None]
         seen = seen.repeat(1, 1, heads // kv_heads, 1)
-    out, log_sum = _attend_with_log_sum(rows, keys, values, seen, scaling, _fused(rows, keys, values))
+    out, log_sum = attend_with_log_sum(rows, keys, values, seen, scaling, has_fused_kernel(rows, keys, values))
     return out.masked_fill(log_sum[..., None] <= NOTHING, 0.0), log_sum
 
 
@@ -112,13 +133,20 @@ def attend_to_records(
     return (sums.flatten(-2) / total).flatten(0, 1), log_sum[..., 0].flatten(0, 1)
 
 
+def _sees_all(layout, first: int, end: int) -> bool:
+    """Whether every query sees all keys from token `first` up to `end`."""
+    if layout is None:
+        return True
+    return layout.query_offset >= end - 1 and (layout.valid is None or bool(layout.valid[:, first:end].all()))
+
+
 def _seen(layout, first: int, keys: int, queries: int, device) -> torch.Tensor | None:
     """Which of the keys from token `first` on a query sees, (B or 1, T or 1, keys); `None` for all of them."""
-    if layout is None:
+    if _sees_all(layout, first, first + keys):
         return None
     valid = None if layout.valid is None else layout.valid[:, None, first : first + keys]
     if layout.query_offset >= first + keys - 1:
-        return None if valid is None or bool(valid.all()) else valid
+        return valid
     position = torch.arange(first, first + keys, device=device)
     causal = (position <= layout.query_offset + torch.arange(queries, device=device)[:, None])[None]
     return causal if valid is None else causal & valid

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..attention.blocks_plain import _merge
+from ..attention.blocks_plain import merge
 from .quantized_reading import attend_to_states
 
 
@@ -31,7 +31,7 @@ class Reading:
         if self.out is None:
             self.out, self.log_sum = part.to(log_sum.dtype), log_sum
         else:
-            self.out, self.log_sum = _merge(self.out, self.log_sum, part.to(log_sum.dtype), log_sum)
+            self.out, self.log_sum = merge(self.out, self.log_sum, part, log_sum)
 
     def shares(self) -> torch.Tensor:
         """How much of the attention of the latest queries each part got, (parts,)."""

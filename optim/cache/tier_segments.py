@@ -24,18 +24,11 @@ AGE_SEGMENTS = 8
 RETURN_FACTOR = 2.0
 
 
-@dataclass(frozen=True)
-class Entries:
-    """Keys and values of full precision, each (rows, KV heads, tokens, D).
-
-    Args:
-        borrowed (`bool`): whether they are views of somebody else's tensors.
-    """
+class _Pair:
+    """What is made of `keys` and `values`, of which the first dimension is the batch rows."""
 
     keys: torch.Tensor
     values: torch.Tensor
-    borrowed: bool = False
-    tier = HOT
 
     @property
     def rows(self) -> int:
@@ -48,6 +41,20 @@ class Entries:
     @property
     def tensors(self) -> list[torch.Tensor]:
         return [self.keys, self.values]
+
+
+@dataclass(frozen=True)
+class Entries(_Pair):
+    """Keys and values of full precision, each (rows, KV heads, tokens, D).
+
+    Args:
+        borrowed (`bool`): whether they are views of somebody else's tensors.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    borrowed: bool = False
+    tier = HOT
 
     def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return self.keys, self.values
@@ -63,7 +70,7 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(_Pair):
     """Quantized keys and values: records (rows, KV heads, pages, record_bytes) uint8, see `kv_quantization`."""
 
     keys: torch.Tensor
@@ -73,18 +80,6 @@ class Packed:
     @property
     def tier(self) -> int:
         return INT8 if self.form.bits == BITS[INT8] else INT4
-
-    @property
-    def rows(self) -> int:
-        return len(self.keys)
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [self.keys, self.values]
 
     def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         keys = dequantize_keys(self.keys, self.form, dtype).flatten(2, 3)

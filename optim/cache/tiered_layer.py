@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
-from .cache_paged import _HistoryWithoutGradient, _row_numbers
+from .cache_common import HistoryWithoutGradient, require_alike, row_numbers
 from .tier_reading import OBSERVED_QUERIES, Reading
 from .tier_segments import (
     HOT,
@@ -111,8 +111,8 @@ class TieredLayer(StaysHere, CacheLayerMixin):
             self.undo()
             raise
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            keys = _HistoryWithoutGradient.apply(keys, key_states)
-            values = _HistoryWithoutGradient.apply(values, value_states)
+            keys = HistoryWithoutGradient.apply(keys, key_states)
+            values = HistoryWithoutGradient.apply(values, value_states)
         return keys, values
 
     @torch.compiler.disable
@@ -237,7 +237,7 @@ class TieredLayer(StaysHere, CacheLayerMixin):
             IndexError: for a row that does not exist; nothing changes then.
         """
         if self.state.length:
-            rows = _row_numbers(indices, self.state.rows) % max(1, self.state.rows)
+            rows = row_numbers(indices, self.state.rows) % max(1, self.state.rows)
             self._take_rows(tuple(rows.tolist()))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -280,11 +280,7 @@ class TieredLayer(StaysHere, CacheLayerMixin):
         self.state, self._before, self._fresh = TieredState(), None, None
 
     def _require_fit(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if keys.ndim != 4 or keys.shape != values.shape or keys.dtype != values.dtype or keys.device != values.device:
-            raise ValueError(
-                "keys and values must be alike and of shape (batch, KV heads, tokens, head_dim), got "
-                f"{tuple(keys.shape)} in {keys.dtype} and {tuple(values.shape)} in {values.dtype}."
-            )
+        require_alike(keys, values)
         if not self.state.length:
             # What cannot be quantized is refused at once and not in the middle of an answer.
             if self.tiers.settings.quantizes:

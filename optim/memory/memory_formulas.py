@@ -178,6 +178,9 @@ def history_copies(
         return max(layer, _read_copies(shapes, rows, tokens, itemsize, attention, queries))
     # Others are gathered, or unpacked, where the attention cannot read them in place.
     gathered = 0 if ours else 2 * layer
+    if ours and cache != "paged" and queries not in (1, tokens):
+        # Packed histories are read in pieces, whose parts are merged in float32.
+        gathered = rows * queries * shapes.query_width * (2 * FLOAT + itemsize)
     return gathered + _read_copies(shapes, rows, tokens, itemsize, attention, queries)
 
 

@@ -73,25 +73,25 @@ def native_decode(query, key, value, layout, scaling: float, page_map=None, view
     Returns:
         (B, T, H, D); zeros for queries that see nothing.
     """
-    call, out, keep = _prepare(query, key, value, layout, scaling, view)
+    call, out, keep = prepare_call(query, key, value, layout, scaling, view)
     if page_map is not None:
         flags = page_map.mask.contiguous()
         keep.append(flags)
         call.map, call.map_b, call.map_h = flags.data_ptr(), *(_step(flags, axis) for axis in (0, 1))
         call.page_tokens = page_map.page_tokens
-    _run(kernels().qwen3_vl_decode, call)
+    run_kernel(kernels().qwen3_vl_decode, call)
     return out
 
 
 def native_blocks(query, key, value, layout, scaling: float, block_map=None, view=None) -> torch.Tensor:
     """Many queries, tile by tile; blocks that `block_map` leaves out are not computed. Arguments as above, any D."""
-    call, out, keep = _prepare(query, key, value, layout, scaling, view)
+    call, out, keep = prepare_call(query, key, value, layout, scaling, view)
     if block_map is not None:
         flags = block_map.mask.contiguous()
         keep.append(flags)
         call.map, call.map_b, call.map_h = flags.data_ptr(), *(_step(flags, axis) for axis in (0, 1))
         call.map_row, call.query_block, call.key_block = flags.shape[3], block_map.query_block, block_map.key_block
-    _run(kernels().qwen3_vl_blocks, call)
+    run_kernel(kernels().qwen3_vl_blocks, call)
     return out
 
 
@@ -121,7 +121,7 @@ def _step(flags: torch.Tensor, axis: int) -> int:
     return flags.stride(axis) if flags.shape[axis] > 1 else 0
 
 
-def _prepare(query, key, value, layout, scaling, view):
+def prepare_call(query, key, value, layout, scaling, view):
     batch, heads, queries, dim = query.shape
     out = torch.empty(batch, queries, heads, dim, dtype=query.dtype)
     call = _Call(out=out.data_ptr(), query=query.data_ptr(), page_tokens=64, query_block=64, key_block=64)
@@ -155,6 +155,6 @@ def _prepare(query, key, value, layout, scaling, view):
     return call, out, keep
 
 
-def _run(function, call: _Call) -> None:
+def run_kernel(function, call: _Call) -> None:
     if function(ctypes.byref(call)):
         raise MemoryError("the attention kernel could not get its working memory; use a shorter input or free some.")

@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from .native_attention import _prepare, _run, supports
+from .native_attention import prepare_call, run_kernel, supports
 from .native_build import load_library
 from .native_common_source import COMMON_SOURCE
 from .native_decode_source import DECODE_SOURCE
@@ -61,7 +61,7 @@ def native_quantized_decode(
     Returns:
         (B, T, H, D); zeros for queries that see nothing.
     """
-    call, out, keep = _prepare(query, *newest, layout, scaling, None)
+    call, out, keep = prepare_call(query, *newest, layout, scaling, None)
     packed_tokens = table.shape[1] * form.group_size
     call.keys += packed_tokens
     if layout is None:
@@ -78,5 +78,5 @@ def native_quantized_decode(
         packed.query = turned_query.data_ptr()
     keep += [keys, values, table, turned_query]
     function, first_loose = quantized_kernel().qwen3_vl_quantized_decode, ctypes.c_int64(packed_tokens)
-    _run(lambda first: function(first, ctypes.byref(packed), first_loose), call)
+    run_kernel(lambda first: function(first, ctypes.byref(packed), first_loose), call)
     return out

@@ -60,7 +60,7 @@ def measure(name: str, settings: Settings, options: argparse.Namespace, console:
         yield from case.records(settings)
         return
     for row in case.rows(settings):
-        if options.rows and options.rows not in row.label:
+        if settings.rows not in row.label:
             continue
         with console.status(f"{name}: {row.label}"):
             if isinstance(row, Contest):
@@ -113,6 +113,7 @@ def make_settings(options: argparse.Namespace) -> Settings:
         vision_layers=options.vision_layers or (4 if quick else 8),
         quick=quick,
         against_itself=options.against_itself,
+        rows=options.rows or "",
     )
 
 

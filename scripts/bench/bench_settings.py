@@ -28,6 +28,7 @@ class Settings:
     vision_layers: int
     quick: bool
     against_itself: bool
+    rows: str = ""  # only those whose label has it
 
     def torch_dtype(self, name: str) -> torch.dtype:
         return getattr(torch, name)

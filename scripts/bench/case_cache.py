@@ -7,15 +7,14 @@ quality; `scripts/evaluate --techniques` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from bench_contest import Contest, Way
-from bench_measure import tensor_agreement
-from bench_pair import TEXT_2B, ModelPair, build_pair, without_compiled
+from bench_pair import TEXT_2B, ModelPair, without_compiled
 from bench_settings import Settings
-from case_decode import decode, filled
+from case_decode import decode, decode_rows, filled
 from transformers import DynamicCache
 
 
@@ -25,39 +24,20 @@ VISUAL_SHARE = 0.75
 
 
 def rows(settings: Settings) -> Iterator[Contest]:
-    steps = 2 if settings.quick else 8
-    for dtype_name in settings.dtypes:
-        dtype = settings.torch_dtype(dtype_name)
-        pair = cache(partial(build_pair, settings, dtype))  # built only if a row is wanted
-        for tokens in (64, 512) if settings.quick else (1024, 8192, 32768):
-            yield Contest(
-                label=f"{tokens:,} cached, {dtype_name}",
-                sizes={
-                    "phase": "time of a token",
-                    "context": tokens,
-                    "dtype": dtype_name,
-                    "steps": steps,
-                    "text_layers": settings.text_layers,
-                },
-                ways=partial(_ways, pair, settings, dtype, tokens, steps),
-                agreement=tensor_agreement,
-                calls=steps,
-                most_repeats=5 if tokens > 16384 else None,
-            )
+    return decode_rows(settings, "time of a token", _ways)
 
 
 def _ways(
     pair: Callable[[], ModelPair], settings: Settings, dtype: torch.dtype, tokens: int, steps: int
 ) -> dict[str, Way]:
-    from qwen3_vl.optim.cache.cache_evicting import EvictingKVCache
-    from qwen3_vl.optim.cache.cache_paged import PagedKVCache
-    from qwen3_vl.optim.cache.cache_quantized import QuantizedKVCache
+    from qwen3_vl import CrossLayerKVCache, EvictingKVCache, PagedKVCache, QuantizedKVCache, TieredKVCache
 
     models = pair()
     models.ours.set_attn_implementation("qwen3_vl_exact")
     fill = partial(filled, layers=settings.text_layers, tokens=tokens, dtype=dtype, device=settings.device)
     work = partial(decode, steps=steps, device=settings.device)
-    evicting = EvictingKVCache(models.ours.config.get_text_config(), window_tokens=32)
+    config = models.ours.config.get_text_config()
+    evicting = EvictingKVCache(config, window_tokens=32)
     _fill_at_once(evicting, fill(DynamicCache()))
 
     def way(history: Any, model: Any = models.ours, **options: Any) -> Way:
@@ -71,7 +51,11 @@ def _ways(
         "int4": way(fill(QuantizedKVCache(bits=4)), against=beside),
         "int2": way(fill(QuantizedKVCache(bits=2)), against=beside),
         "evicting, a quarter of the pictures": way(evicting, against=beside),
+        "tiered, from 16,384 on in a file": way(fill(TieredKVCache(config)), against=beside),
     }
+    if settings.text_layers > 1:
+        # Random layers are not alike: merged all the same, for the time that it takes.
+        ways["cross-layer"] = way(fill(CrossLayerKVCache(config, min_similarity=0.0)), against=beside)
     if torch.device(settings.device).type == "cpu":
         plain = way(fill(QuantizedKVCache(bits=4)))
         plain.work = without_compiled(plain.work)

@@ -24,6 +24,11 @@ FILLED_AT_ONCE = 4096
 
 
 def rows(settings: Settings) -> Iterator[Contest]:
+    return decode_rows(settings, "decode", _ways)
+
+
+def decode_rows(settings: Settings, phase: str, make_ways: Callable[..., dict[str, Way]]) -> Iterator[Contest]:
+    """A contest for each context length, between the ways that `make_ways` gives to decode a few tokens."""
     steps = 2 if settings.quick else 8
     for dtype_name in settings.dtypes:
         dtype = settings.torch_dtype(dtype_name)
@@ -32,13 +37,13 @@ def rows(settings: Settings) -> Iterator[Contest]:
             yield Contest(
                 label=f"{tokens:,} cached, {dtype_name}",
                 sizes={
-                    "phase": "decode",
+                    "phase": phase,
                     "context": tokens,
                     "dtype": dtype_name,
                     "steps": steps,
                     "text_layers": settings.text_layers,
                 },
-                ways=partial(_ways, pair, settings, dtype, tokens, steps),
+                ways=partial(make_ways, pair, settings, dtype, tokens, steps),
                 agreement=tensor_agreement,
                 calls=steps,
                 most_repeats=5 if tokens > 16384 else None,

@@ -76,9 +76,14 @@ print(json.dumps({{"plan": plan.to_dict(), "weights": weights, "kv": held, "abov
 
 
 def records(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yields a record for each request: the times and peaks of both sides, and planned over measured bytes."""
+    """Yields a record for each request: the times and peaks of both sides, and planned over measured bytes.
+
+    `--rows` looks at attention and cache, such as `"qwen3_vl_exact, int4"`: the rest of a label is known afterwards.
+    """
     stock: dict[tuple, dict[str, Any]] = {}
     for row in requests(settings):
+        if settings.rows not in f"{row['attention']}, {row['cache']}":
+            continue
         ours = _run(row, "ours")
         key = row["dtype"], row["text_tokens"], row["grid"]
         if key not in stock:

@@ -54,8 +54,9 @@ def _ways(pair: Callable[[], ModelPair], settings: Settings, dtype: torch.dtype,
 
     def way(model: Any, questions: _Questions, *techniques: Any, prepare: Any = None, **options: Any) -> Way:
         def ready() -> None:
-            for technique in (nothing, known, features):
-                technique.revert(models.ours)
+            for name in ("prefix_cache", "vision_feature_cache"):  # the row before leaves its last one
+                if hasattr(models.ours, name):
+                    getattr(models.ours, name).revert(models.ours)
             for technique in techniques:
                 technique.apply(models.ours)
             if prepare is not None:

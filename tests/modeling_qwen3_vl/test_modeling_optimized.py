@@ -16,6 +16,7 @@ from qwen3_vl.optim.attention.adaptive_settings import AdaptiveSettings
 from qwen3_vl.optim.attention.attention_adaptive import AdaptiveAttention
 from qwen3_vl.optim.attention.attention_dynamic_sparse import DynamicSparseAttention, DynamicSparseSettings
 from qwen3_vl.optim.attention.attention_layout import AttentionLayout
+from qwen3_vl.optim.cache.cache_evicting import EvictingKVCache
 from qwen3_vl.optim.cache.cache_paged import PagedKVCache
 from qwen3_vl.optim.registry_optim import TECHNIQUES
 
@@ -45,6 +46,26 @@ def optimized(model, *arguments, layers=slice(None)):
     for layer in made.model.language_model.layers[layers]:
         layer.self_attn = OptimizedQwen3VLAttention.from_attention(layer.self_attn, *arguments)
     return made
+
+
+@pytest.mark.parametrize("mechanism", EXACT)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_evicted_history(layout, mechanism):
+    """With a cache that evicts, where entries are fewer than tokens, the module answers as the model-wide function."""
+    model = make_pair("dense").ours
+    model.set_attn_implementation(mechanism)
+    made = optimized(model, mechanism)
+    made.set_attn_implementation("sdpa")
+    inputs, config = make_inputs(*LAYOUTS[layout]), model.config.get_text_config()
+    answers = []
+    for candidate in (model, made):
+        cache = EvictingKVCache(
+            config, policy="streaming", max_tokens=8, sink_tokens=2, slack_tokens=1, window_tokens=4
+        )
+        answers.append(candidate.generate(**inputs, past_key_values=cache, **GREEDY))
+        assert cache.evicted
+    assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize("model_wide", ["sdpa", "eager", "qwen3_vl_exact"])

@@ -67,6 +67,30 @@ def test_attention_rows_agree_and_say_what_was_computed(tmp_path):
 
 
 @pytest.mark.slow
+def test_cache_rows_say_what_is_held(tmp_path):
+    pytest.importorskip("matplotlib")
+    shares = {row["way"]: row["details"]["share_of_whole"] for row in quick_rows(tmp_path, "cache")[-6:]}
+    assert shares["int2"] < shares["int4"] < shares["int8"] < shares["paged"]
+    assert shares["int4"] == shares["int4, plain"]
+
+
+@pytest.mark.slow
+def test_prefix_rows_have_equal_tokens(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = {row["way"]: row for row in quick_rows(tmp_path, "prefix")}
+    assert all(row["agreement"]["equal_tokens"] == 1 for row in rows.values())
+    assert rows["second question"]["details"]["tokens_reused"] > 0
+
+
+@pytest.mark.slow
+def test_plan_rows_compare_with_what_was_held(tmp_path):
+    pytest.importorskip("matplotlib")
+    for row in quick_rows(tmp_path, "plan"):
+        assert row["agreement"]["weights"] == row["agreement"]["kv"] == 1
+        assert row["planned_mib"]["peak"] > row["planned_mib"]["weights"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["decode", "tower"])
 def test_model_rows_agree(tmp_path, case):
     pytest.importorskip("matplotlib")

@@ -227,7 +227,7 @@ def test_a_profile_names_it():
 
 def test_a_model_with_sliding_windows_is_refused():
     config = transformers.Gemma3TextConfig(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
-    with pytest.raises(ValueError, match=r"full attention alone, the model has .'Dynamic"):
+    with pytest.raises(ValueError, match=r"full attention alone, but the model has .'Dynamic"):
         TieredKVCache(config)
 
 

@@ -12,7 +12,7 @@ from helpers import IMAGE_TOKEN, VIDEO_TOKEN, clone_inputs, concat_turns, make_i
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, StaticCache
 
-from qwen3_vl import PagedKVCache, PrefixCache
+from qwen3_vl import PagedKVCache, PrefixCache, QuantizedKVCache
 from qwen3_vl.modeling_qwen3_vl.mrope_qwen3_vl import next_positions_seen, visual_runs
 
 
@@ -326,6 +326,18 @@ def test_chosen_by_the_profile():
     assert first == second and technique.statistics().hits == 1
     technique.revert(model)
     assert not hasattr(model, "prefix_cache")
+
+
+def test_comes_before_another_cache_of_the_profile():
+    """Where both could hold a request, the one that keeps it for the next does; what it cannot, the other holds."""
+    optim = {"quantized_cache": {"bits": 8}, "prefix_cache": {}}
+    model = AutoModelForImageTextToText.from_pretrained("checkpoints/tiny", optim=optim)
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    ids = torch.randint(10, 90, (2, 9))
+    assert isinstance(model.generate(input_ids=ids, **options).past_key_values, PagedKVCache)
+    right_padded = torch.tensor([[1] * 9, [1] * 7 + [0] * 2])  # of which no prefix can be told
+    other = model.generate(input_ids=ids, attention_mask=right_padded, **options).past_key_values
+    assert isinstance(other, QuantizedKVCache)
 
 
 class Pruning(PrefixCache):

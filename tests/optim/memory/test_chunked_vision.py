@@ -5,7 +5,7 @@ import torch
 from helpers import assert_close, make_inputs, make_pair, our_class, stock_forward
 from live_tensors import LiveTensors
 
-from qwen3_vl import ChunkedVision
+from qwen3_vl import ChunkedVision, VisionFeatureCache
 from qwen3_vl.optim.registry_optim import TECHNIQUES, apply_techniques
 
 
@@ -50,6 +50,20 @@ def test_whole_model_and_generation(applied):
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     ours = applied.ours.generate(**inputs, **options, prefill_chunk_size=7)
     assert torch.equal(ours, applied.stock.generate(**inputs, **options))
+
+
+def test_beside_the_vision_feature_cache(applied):
+    """What is encoded in groups is kept and found like what is encoded at once."""
+    inputs, options = make_inputs(LAYOUT), {"max_new_tokens": 4, "do_sample": False}
+    expected = applied.ours.generate(**inputs, **options)
+    features = VisionFeatureCache()
+    features.apply(applied.ours)
+    try:
+        answers = [applied.ours.generate(**make_inputs(LAYOUT), **options) for _ in range(2)]
+    finally:
+        features.revert(applied.ours)
+    assert all(torch.equal(answer, expected) for answer in answers)
+    assert (features.statistics().hits, features.statistics().misses) == (4, 4)
 
 
 def test_gradients(applied):
