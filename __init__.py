@@ -6,6 +6,8 @@ imported when they are first used.
 
 import importlib
 
+from .api_paths import enable_legacy_imports
+from .api_paths import install as _install_api_paths
 from .modeling_qwen3_vl.registration import register, unregister
 
 
@@ -37,9 +39,14 @@ _MODULE_OF = {
     "AdaptiveAttention": "optim.attention.attention_adaptive",
     "AdaptiveSettings": "optim.attention.adaptive_settings",
     "AttentionShape": "optim.attention.attention_timing",
+    "CrossModalTokenMerging": "optim.tokens.token_merging",
+    "RepeatedPatchRemoval": "optim.tokens.repeated_patches",
     "AdaptiveSparse": "optim.attention.sparse_calibration",
+    "AdaptivePrecision": "optim.weights.adaptive_precision",
     "AttentionMechanisms": "optim.attention.attention_mechanisms",
     "BlockSparseAttention": "optim.attention.attention_block_sparse",
+    "CrossLayerParameterRecycling": "optim.weights.layer_recycling",
+    "LearnedActivationRouting": "optim.weights.learned_routing",
     "DecodeLinear": "optim.weights.linear_decode",
     "DynamicSparseAttention": "optim.attention.attention_dynamic_sparse",
     "FasterRotaryEmbeddings": "optim.attention.rotary_faster",
@@ -64,15 +71,40 @@ _MODULE_OF = {
     "VisualRules": "optim.memory.memory_request",
     "plan_memory": "optim.memory.memory_plan",
     "PrefixCache": "optim.cache.cache_prefix",
+    "CompiledDecode": "optim.weights.compiled_decode",
+    "HardwareSpecificKernels": "optim.weights.hardware_kernels",
+    "KernelFusion": "optim.weights.kernel_fusion",
+    "GroupedExperts": "optim.weights.moe_grouped",
+    "MoeLayer": "optim.weights.moe_layer",
     "HierarchicalMemoryCompression": "optim.cache.cache_tiered",
     "TieredKVCache": "optim.cache.cache_tiered",
     "VisionFeatureCache": "optim.cache.vision_feature_cache",
+    "PowerManagement": "optim.power.power_pacing",
+    "Hardware": "configuration.hardware_detection",
+    "detect_hardware": "configuration.hardware_detection",
+    "CPUConfig": "configuration.profile_sections",
+    "GPUConfig": "configuration.profile_sections",
+    "MemoryConfig": "configuration.profile_sections",
+    "OptimizationConfig": "configuration.profile_sections",
+    "PowerManagementConfig": "configuration.profile_sections",
+    "UnifiedConfig": "configuration.profile_qwen3_vl",
+    "FallbackManager": "optim.fallback_manager",
+    "MemoryOptimizationIntegrator": "optim.memory.memory_integrator",
+    "OrderOptimizer": "optim.technique_order",
+    "UnifiedArchitecture": "optim.unified_architecture",
+    "UnifiedConfigManager": "optim.profile_manager",
+    "UnifiedOptimizationManager": "optim.orchestrator_optim",
+    "UnifiedOptimizationOrchestrator": "optim.orchestrator_optim",
+    "create_unified_config_manager": "optim.profile_manager",
+    "get_default_config": "optim.profile_manager",
+    "get_hardware_optimized_config": "optim.profile_manager",
+    "optimize": "optim.orchestrator_optim",
     "export_hub_folder": "modeling_qwen3_vl.hub_export",
     "Qwen3VLImageProcessor": "processing.image_processing_qwen3_vl",
     "Qwen3VLProcessor": "processing.processing_qwen3_vl",
     "Qwen3VLVideoProcessor": "processing.video_processing_qwen3_vl",
 }
-__all__ = ["__version__", "register", "unregister", *_MODULE_OF]
+__all__ = ["__version__", "enable_legacy_imports", "register", "unregister", *_MODULE_OF]
 
 
 def __getattr__(name: str):
@@ -88,3 +120,4 @@ def __dir__() -> list[str]:
 
 
 register()
+_install_api_paths()

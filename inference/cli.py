@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging as python_logging
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .doctor_command import doctor
 from .plan_command import plan
 
 
@@ -125,6 +127,7 @@ def export(
 
 
 app.command()(plan)
+app.command()(doctor)
 
 
 def _export(model: str, output: Path) -> tuple[Path, dict[str, Any]]:
@@ -180,6 +183,8 @@ def _status(notes: Console, text: str) -> Iterator[None]:
 def _quieten_libraries() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # It warns of GPU libraries that a machine without one cannot load.
+    python_logging.getLogger("torchao").setLevel(python_logging.ERROR)
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 

@@ -90,9 +90,9 @@ def load_sizes(name: str) -> tuple[Any, Any]:
     """
     from transformers import AutoConfig
 
+    from ..configuration.official_sizes import official_config
     from ..optim.memory.memory_request import VisualRules
     from .answering import AnsweringError, first_line, only_in_cache
-    from .official_sizes import official_config
 
     config = None if Path(name).is_dir() else official_config(name)
     if config is not None:

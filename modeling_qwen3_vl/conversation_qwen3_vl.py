@@ -6,6 +6,7 @@ A caller may pass the whole conversation with all of its pictures, as the proces
 import torch
 
 from .mrope_qwen3_vl import IMAGE, VIDEO
+from .reduced_cache import count_all_tokens, noted_selections
 
 
 PIXELS_AND_GRID = {IMAGE: ("pixel_values", "image_grid_thw"), VIDEO: ("pixel_values_videos", "video_grid_thw")}
@@ -19,6 +20,8 @@ NO_GRIDS = (
 @torch.compiler.disable
 def tokens_in_cache(cache) -> int:
     """Tokens that a cache has seen; 0 without one. Waits for the device where a cache counts there."""
+    if noted_selections(cache) is not None:
+        count_all_tokens(cache)  # a cache of another class that took the content over does not yet
     return 0 if cache is None else int(cache.get_seq_length())
 
 

@@ -12,7 +12,7 @@ from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from ..optim.attention.attention_layout import IMPLEMENTATION_PREFIX
-from ..optim.registry_optim import cache_from_profile, visual_tokens_from_profile
+from ..optim.registry_optim import cache_from_profile
 from .conversation_qwen3_vl import NO_GRIDS, PIXELS_AND_GRID, drop_cached_pictures, tokens_in_cache, uncached_ids
 from .mrope_qwen3_vl import (
     IMAGE,
@@ -23,6 +23,8 @@ from .mrope_qwen3_vl import (
     remember_visual_runs,
     token_types,
 )
+from .reduced_cache import count_all_tokens
+from .visual_reduction import plan_tokens
 
 
 def _keeping_prefixes(decode):
@@ -128,8 +130,23 @@ class Qwen3VLGenerationMixin(GenerationMixin):
         )
         encoded = model_kwargs.get("mm_encoder_outputs")
         if encoded:
-            model_kwargs["mm_encoder_outputs"] = visual_tokens_from_profile(self, given, grids, encoded)
+            model_kwargs["mm_encoder_outputs"] = self._plan_visual_tokens(encoded, given, seen, grids, model_kwargs)
         return model_kwargs
+
+    def _plan_visual_tokens(self, encoded, ids, seen, grids, model_kwargs) -> dict:
+        """Settles which visual tokens stay while the whole prompt is at hand; `forward` may see it in chunks."""
+        if self.base_model.visual_reduction is None:
+            return encoded
+        embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+        types = model_kwargs.get("mm_token_type_ids")
+        if embeds is None:
+            if seen and not all(self._placeholders_match(ids, name, output) for name, output in encoded.items()):
+                ids = ids[:, seen:]
+            embeds = self.get_input_embeddings()(ids.to(self.device))
+        else:
+            ids, types = None, None
+        types = None if types is None else types[:, -embeds.shape[1] :]
+        return plan_tokens(self.base_model, encoded, ids, embeds, types, grids, mask)
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
         """As stock, but what the vision feature cache knows is not encoded again."""
@@ -151,6 +168,8 @@ class Qwen3VLGenerationMixin(GenerationMixin):
         """Whether `generate()` chooses the cache, has a prefix cache, and a whole prompt in ids to look up in it."""
         if getattr(self, "prefix_cache", None) is None or model_kwargs.get("past_key_values") is not None:
             return False
+        if self.base_model.visual_reduction is not None:
+            return False  # which tokens of a picture stay may depend on what is asked
         mask = model_kwargs.get("attention_mask")
         covered = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         return (
@@ -192,7 +211,7 @@ class Qwen3VLGenerationMixin(GenerationMixin):
         if mm_token_type_ids is None:
             mm_token_type_ids = token_types(ids, self.config.image_token_id, self.config.video_token_id)
         positions = position_ids if position_ids.ndim == 3 else position_ids[None]
-        if positions.shape[-1] != ids.shape[1]:
+        if positions.shape[-1] != ids.shape[1] or self.base_model.visual_reduction is not None:
             return None
         positions = positions[-3:].expand(3, *ids.shape)
         merge = self.config.vision_config.spatial_merge_size
@@ -255,7 +274,21 @@ class Qwen3VLGenerationMixin(GenerationMixin):
             )
         if undecided and given is not None:
             model_kwargs["past_key_values"] = given
+        else:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        self._prepare_cache_for_fewer_tokens(model_kwargs, rolls_back)
+
+    def _prepare_cache_for_fewer_tokens(self, model_kwargs, rolls_back: bool) -> None:
+        """Keeps `generate()` from making masks by tokens where a cache will hold fewer entries."""
+        planner, cache = self.base_model.visual_reduction, model_kwargs.get("past_key_values")
+        if planner is None or not model_kwargs.get("mm_encoder_outputs"):
             return
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
+        if rolls_back and planner.layer is not None:
+            raise ValueError(
+                f"{planner.name} at decoder layer {planner.layer} judges visual tokens by the latest ones, which in "
+                "assisted decoding are a guess; use layer=None, or generate without an assistant."
+            )
+        if cache is not None:
+            count_all_tokens(cache)

@@ -459,6 +459,8 @@ def _copy_checkpoint(source: Path, output: Path, config: Any) -> None:
     for name in DOCUMENTS:
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
+    if (source / "optim").is_dir():  # weights of techniques, as learned routers
+        shutil.copytree(source / "optim", output / "optim", dirs_exist_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

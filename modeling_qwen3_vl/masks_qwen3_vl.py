@@ -64,6 +64,25 @@ def _masks_by_layout(shared: dict, attention_mask, cache: Cache, position_ids, v
     return masks, [layer.by_entry(visual_runs, new_tokens, gap=0) for layer in cache.layers]
 
 
+class EntriesFromLayer:
+    """Stands for a cache while a mask is made for the layers from `first_layer` on, which hold fewer entries."""
+
+    is_compileable = False
+
+    def __init__(self, cache: Cache, first_layer: int):
+        # A cache that makes its layers on the way has none yet in the first forward.
+        self.layer = cache.layers[first_layer] if first_layer < len(cache.layers) else None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self.layer is None else int(self.layer.get_seq_length())
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return (query_length, 0) if self.layer is None else self.layer.get_mask_sizes(query_length)
+
+
 class EntriesOfLayer:
     """Stands for the cache while a mask is made: `entries` that all come before the new tokens."""
 

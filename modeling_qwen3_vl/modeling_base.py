@@ -12,7 +12,7 @@ from transformers.utils.hub import cached_file
 
 from ..configuration.configuration_qwen3_vl import Qwen3VLConfig
 from ..configuration.versions_qwen3_vl import check_transformers_version
-from ..optim.registry_optim import apply_techniques
+from ..optim.orchestrator_optim import apply_profile
 from .hub_export import save_code_files
 
 
@@ -61,7 +61,9 @@ class Qwen3VLPreTrainedModel(PreTrainedModel):
                 f"the weights in {culprit} cannot be read ({error}); the file is corrupt or was cut short, "
                 "download or save it again."
             ) from error
-        apply_techniques(loaded[0] if isinstance(loaded, tuple) else loaded)
+        # A caller who names techniques himself is told when one cannot run; a preset or a Hub profile goes on without.
+        strict = isinstance(kwargs.get("optim"), dict)
+        apply_profile(loaded[0] if isinstance(loaded, tuple) else loaded, strict)
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):

@@ -1,6 +1,6 @@
 """Sparse experts in place of the decoder's feed-forward layers.
 
-Sources: Switch Transformer (arXiv 2101.03961) for the balancing loss, Qwen3 Technical Report (arXiv 2505.09388).
+Source: Qwen3 Technical Report (arXiv 2505.09388).
 """
 
 import torch
@@ -13,6 +13,11 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.output_capturing import OutputRecorder
 
 from ..configuration.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+from ..optim.weights.moe_experts import (
+    check_top_k,
+    choose_experts,
+    sum_of_experts,
+)
 from .modeling_text import Qwen3VLAttention, Qwen3VLTextDecoderLayer, Qwen3VLTextMLP, Qwen3VLTextModel
 
 
@@ -43,21 +48,9 @@ class Qwen3VLMoeTextExperts(nn.Module):
             top_k_index, top_k_weights (`torch.Tensor`): (tokens, k), the experts of each token and their shares. An
                 index of `num_experts` marks an expert held by another device.
         """
-        k = top_k_index.shape[-1]
-        # Sorted once, the tokens of every expert are neighbours: one pair of products for each expert in use.
-        by_expert = top_k_index.flatten().argsort(stable=True)
-        counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts + 1).tolist()
-        routed = hidden_states[by_expert // k]
-        outputs = []
-        for expert, tokens in enumerate(routed.split(counts)):
-            if expert < self.num_experts and len(tokens):
-                gate, up = F.linear(tokens, self.gate_up_proj[expert]).chunk(2, dim=-1)
-                outputs.append(F.linear(self.act_fn(gate) * up, self.down_proj[expert]))
-            else:
-                outputs.append(torch.zeros_like(tokens))
-        weighted = torch.cat(outputs) * top_k_weights.flatten()[by_expert, None]
-        in_order = torch.empty_like(weighted).index_copy(0, by_expert, weighted)
-        return in_order.view(-1, k, self.hidden_dim).sum(1).to(hidden_states.dtype)
+        return sum_of_experts(
+            hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, self.act_fn
+        )
 
 
 class Qwen3VLMoeTextTopKRouter(nn.Module):
@@ -65,6 +58,7 @@ class Qwen3VLMoeTextTopKRouter(nn.Module):
 
     def __init__(self, config: Qwen3VLMoeTextConfig):
         super().__init__()
+        check_top_k(config.num_experts_per_tok, config.num_experts)
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
@@ -73,9 +67,7 @@ class Qwen3VLMoeTextTopKRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(tokens, hidden) to logits (tokens, experts), shares (tokens, k) and indices (tokens, k)."""
         logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
-        shares, indices = logits.softmax(dim=-1, dtype=torch.float).topk(self.top_k, dim=-1)
-        shares = shares / shares.sum(dim=-1, keepdim=True)
-        return logits, shares.to(logits.dtype), indices
+        return logits, *choose_experts(logits, self.top_k)
 
 
 class Qwen3VLMoeTextSparseMoeBlock(nn.Module):
@@ -131,31 +123,3 @@ class Qwen3VLMoeTextModel(HoldsExperts, Qwen3VLTextModel):
     }
     layer_class = Qwen3VLMoeTextDecoderLayer
     output_class = MoeModelOutputWithPast
-
-
-def load_balancing_loss(
-    router_logits: tuple[torch.Tensor, ...], num_experts: int, top_k: int, attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Auxiliary loss that is least when all experts get equal shares of tokens and probability.
-
-    Equations 4 to 6 of Switch Transformer (arXiv 2101.03961), over the tokens of all layers together.
-
-    Args:
-        router_logits: one (B * T, experts) tensor a sparse layer.
-        attention_mask (`torch.Tensor`, *optional*): (B, T); padding does not count.
-    Returns:
-        a scalar, `top_k` when perfectly balanced.
-    """
-    device = router_logits[0].device
-    rows = 1.0 if attention_mask is None else attention_mask.reshape(-1, 1).to(device, torch.float32)
-    chosen = torch.zeros(num_experts, device=device)
-    probability = torch.zeros(num_experts, device=device)
-    counted = torch.zeros((), device=device)
-    for logits in router_logits:
-        probabilities = logits.to(device).softmax(dim=-1)
-        picks = torch.zeros_like(probabilities, dtype=torch.float32)
-        picks.scatter_(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
-        chosen = chosen + (picks * rows).sum(0)
-        probability = probability + (probabilities.float() * rows).sum(0)
-        counted = counted + (logits.shape[0] if attention_mask is None else rows.sum())
-    return num_experts * torch.sum(chosen / counted * (probability / counted))

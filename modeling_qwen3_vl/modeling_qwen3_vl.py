@@ -14,6 +14,8 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_qwen3_vl import Qwen3VLConfig
 from ..configuration.configuration_qwen3_vl_moe import Qwen3VLMoeConfig, Qwen3VLMoeVisionConfig
+from ..configuration.profile_qwen3_vl import model_config
+from ..optim.weights.moe_experts import load_balancing_loss
 from .conversation_qwen3_vl import (
     NO_GRIDS,
     check_cache_rows,
@@ -23,7 +25,7 @@ from .conversation_qwen3_vl import (
 )
 from .generation_qwen3_vl import Qwen3VLGenerationMixin
 from .modeling_base import Qwen3VLPreTrainedModel, Qwen3VLVisionOutput
-from .modeling_moe import HoldsExperts, Qwen3VLMoeTextModel, load_balancing_loss
+from .modeling_moe import HoldsExperts, Qwen3VLMoeTextModel
 from .modeling_text import Qwen3VLTextModel
 from .modeling_vision import Qwen3VLVisionModel
 from .mrope_qwen3_vl import (
@@ -37,6 +39,8 @@ from .mrope_qwen3_vl import (
     remember_positions,
     token_types,
 )
+from .reduced_cache import noted_selections
+from .visual_reduction import plan_tokens, shorten, split_plan
 
 
 class Qwen3VLMoeVisionModel(Qwen3VLVisionModel):
@@ -51,8 +55,11 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
     accepts_loss_kwargs = False
     vision_class = Qwen3VLVisionModel
     text_class = Qwen3VLTextModel
+    # Port 3: a technique that leaves out visual tokens (see `visual_reduction`).
+    visual_reduction = None
 
     def __init__(self, config: Qwen3VLConfig):
+        config = model_config(config)
         super().__init__(config)
         self.visual = self.vision_class._from_config(config.vision_config)
         self.language_model = self.text_class._from_config(config.text_config)
@@ -150,7 +157,10 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
         pictures = {name: value for name, value in pictures.items() if value is not None}
         length = (inputs_embeds if input_ids is None else input_ids).shape[1]
         counting = past_key_values is not None and (
-            position_ids is None or length > 1 or counts_on_host(past_key_values)
+            position_ids is None
+            or length > 1
+            or noted_selections(past_key_values) is not None
+            or counts_on_host(past_key_values)
         )
         seen = tokens_in_cache(past_key_values) if counting else 0
         if seen:
@@ -162,9 +172,13 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
         encoded = self._encode(pictures, mm_encoder_outputs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        visual_mask, deepstack = None, None
+        visual_mask, deepstack, stays = None, None, None
         if encoded:
-            inputs_embeds, visual_mask, deepstack = self._place_features(
+            if self.visual_reduction is not None:
+                encoded = plan_tokens(
+                    self, encoded, input_ids, inputs_embeds, mm_token_type_ids, pictures, attention_mask
+                )
+            inputs_embeds, visual_mask, deepstack, stays = self._place_features(
                 encoded, input_ids, inputs_embeds, mm_token_type_ids
             )
         if position_ids is None and (pictures or encoded or counting):
@@ -173,15 +187,18 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
             )
             if encoded and position_ids is None and input_ids is not None:
                 raise ValueError(NO_GRIDS)
-        outputs = self.language_model(
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            visual_pos_masks=visual_mask,
-            deepstack_visual_embeds=deepstack,
-            **kwargs,
-        )
+        inputs = {
+            "position_ids": position_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "visual_pos_masks": visual_mask,
+            "deepstack_visual_embeds": deepstack,
+        }
+        shortened = shorten(self, past_key_values, stays, inputs)
+        if shortened is None:
+            outputs = self.language_model(past_key_values=past_key_values, **inputs, **kwargs)
+        else:
+            outputs = shortened.run(self.language_model, **kwargs)
         new_cache = past_key_values is None and outputs.past_key_values is not None
         if counting or (new_cache and position_ids is not None):
             self._note_positions(outputs.past_key_values, seen, position_ids, bool(encoded))
@@ -210,11 +227,12 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
     def _place_features(self, encoded, input_ids, inputs_embeds, mm_token_type_ids):
         """Puts visual features where their placeholders stand.
 
-        Returns the embeddings, where visual tokens are (B, T), and per DeepStack level (visual tokens, hidden size)
-        in the order of those places.
+        Returns the embeddings, where visual tokens are (B, T), per DeepStack level (visual tokens, hidden size) in the
+        order of those places, and which tokens stay (B, T), `None` for all.
         """
         device = inputs_embeds.device
-        features = {name: torch.cat(tuple(output.pooler_output)).to(device) for name, output in encoded.items()}
+        features, keep = split_plan(encoded)
+        features = {name: of_modality.to(device) for name, of_modality in features.items()}
         rows = torch.cat(
             [
                 self._placeholder_rows(name, input_ids, inputs_embeds, mm_token_type_ids, len(of_modality))
@@ -232,7 +250,12 @@ class Qwen3VLModel(Qwen3VLPreTrainedModel):
         if len(encoded) > 1:  # pictures and videos take turns in the row
             order = rows.argsort()
             deepstack = [level[order] for level in deepstack]
-        return inputs_embeds, visual_mask.view(inputs_embeds.shape[:2]), deepstack
+        stays = None
+        if keep is not None:
+            stays = torch.ones_like(visual_mask)
+            stays[rows] = keep.to(device)
+            stays = stays.view(inputs_embeds.shape[:2])
+        return inputs_embeds, visual_mask.view(inputs_embeds.shape[:2]), deepstack, stays
 
     def _placeholder_rows(self, modality, input_ids, inputs_embeds, mm_token_type_ids, features: int) -> torch.Tensor:
         token_id = getattr(self.config, f"{modality}_token_id")
@@ -330,6 +353,7 @@ class Qwen3VLForConditionalGeneration(Qwen3VLPreTrainedModel, Qwen3VLGenerationM
     model_class = Qwen3VLModel
 
     def __init__(self, config: Qwen3VLConfig):
+        config = model_config(config)
         super().__init__(config)
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -439,6 +463,7 @@ class Qwen3VLMoeForConditionalGeneration(Qwen3VLMoePreTrainedModel, Qwen3VLForCo
             new_tokens = outputs.last_hidden_state.shape[1]
             mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
             mask = None if mask is None else mask[:, mask.shape[1] - new_tokens :]
+            mask = getattr(outputs, "tokens_in_decoder", mask)
             aux_loss = load_balancing_loss(outputs.router_logits, text.num_experts, text.num_experts_per_tok, mask)
             if loss is not None:
                 loss = loss + text.router_aux_loss_coef * aux_loss.to(loss.device)

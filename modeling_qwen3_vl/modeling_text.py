@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..configuration.configuration_qwen3_vl import Qwen3VLTextConfig
 from .masks_qwen3_vl import make_masks
 from .modeling_base import Qwen3VLPreTrainedModel, eager_attention_forward, rotate_half
-from .mrope_qwen3_vl import forget_positions_after, number_runs, remember_visual_runs, visual_runs
+from .mrope_qwen3_vl import forget_runs_after, number_runs, remember_visual_runs, visual_runs
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -267,6 +267,7 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
         use_cache: bool | None = None,
         visual_pos_masks: torch.Tensor | None = None,
         deepstack_visual_embeds: list[torch.Tensor] | None = None,
+        later_shortening=None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPast:
         """Runs the decoder over new tokens.
@@ -280,6 +281,7 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
             visual_pos_masks (`torch.Tensor`, *optional*): (B, T) boolean, true where a visual token stands.
             deepstack_visual_embeds (`list[torch.Tensor]`, *optional*): one (visual tokens, hidden size) tensor for
                 each of the first layers, added to that layer's output.
+            later_shortening ([`LaterShortening`], *optional*): leaves tokens out in front of its layer.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
@@ -293,8 +295,9 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
         reads_runs, runs = any(map(reads_visual_runs, implementations)), None
         if reads_runs or getattr(past_key_values, "wants_visual_runs", False):
             runs = note_visual_runs(inputs_embeds, visual_pos_masks, past_key_values)
+        all_runs = runs
         masks, runs = make_masks(
-            self.config, inputs_embeds, attention_mask, past_key_values, text_position_ids, len(self.layers), runs
+            self.config, inputs_embeds, attention_mask, past_key_values, text_position_ids, len(self.layers), all_runs
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -302,6 +305,10 @@ class Qwen3VLTextModel(Qwen3VLPreTrainedModel):
         visual_rows = visual_pos_masks.flatten().nonzero().squeeze(-1) if len(deepstack) else None
 
         for index, layer in enumerate(self.layers):
+            if later_shortening is not None and index == later_shortening.layer:
+                hidden_states, position_embeddings, masks[index:], runs[index:] = later_shortening.enter(
+                    self.config, layer, len(self.layers) - index, hidden_states, position_embeddings, all_runs
+                )
             if reads_runs:
                 kwargs["visual_runs"] = runs[index]
             hidden_states = layer(
@@ -344,7 +351,7 @@ def note_visual_runs(inputs_embeds, visual_pos_masks, past_key_values: Cache | N
     batch, length = inputs_embeds.shape[:2]
     seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
     if past_key_values is not None:
-        forget_positions_after(past_key_values, seen)
+        forget_runs_after(past_key_values, seen)
     if visual_pos_masks is None:
         return visual_runs(past_key_values, seen + length, batch, inputs_embeds.device)
     if past_key_values is None:

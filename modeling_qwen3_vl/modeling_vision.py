@@ -102,6 +102,7 @@ class Qwen3VLVisionAttention(nn.Module):
         frame_lengths: list[int],
         cu_seqlens: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        key_bias: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, tuple | None]:
         """Attends within each frame.
@@ -110,6 +111,7 @@ class Qwen3VLVisionAttention(nn.Module):
             hidden_states (`torch.Tensor`): (patches, hidden size), the frames one after the other.
             frame_lengths (`list[int]`): patches of each frame, on the host, so that no layer waits for the device.
             cu_seqlens (`torch.Tensor`): (frames + 1,) int32 offsets, for variable-length kernels.
+            key_bias (`torch.Tensor`, *optional*): (patches,), added to the scores of each patch as a key.
         Returns:
             output (patches, hidden size), and the weights of every run of equal frames if the implementation gives
             them.
@@ -141,8 +143,11 @@ class Qwen3VLVisionAttention(nn.Module):
             stop = start + length * frames
             # Frames of equal size are the rows of one batch: one call in place of one a frame.
             batch = (x[:, start:stop].unflatten(1, (frames, length)).transpose(0, 1) for x in (query, key, value))
+            mask = None
+            if key_bias is not None:
+                mask = key_bias[start:stop].to(query.dtype).view(frames, 1, 1, length).expand(-1, -1, length, -1)
             run_output, run_weights = attend(
-                self, *batch, attention_mask=None, scaling=self.scaling, dropout=0.0, is_causal=False, **kwargs
+                self, *batch, attention_mask=mask, scaling=self.scaling, dropout=0.0, is_causal=False, **kwargs
             )
             outputs.append(run_output.reshape(length * frames, -1))
             weights.append(run_weights)
@@ -223,25 +228,41 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs) -> tuple | Qwen3VLVisionOutput:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid_thw: torch.Tensor,
+        squares: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None,
+        **kwargs,
+    ) -> tuple | Qwen3VLVisionOutput:
         """Encodes pictures and frames, each on its own.
 
         Args:
             hidden_states (`torch.Tensor`): (patches, channels * temporal_patch_size * patch_size**2), the pixels of
                 all pictures, normalised; the patches of a merge square are neighbours.
             grid_thw (`torch.Tensor`): (pictures, 3), patches in time, height and width of each.
+            squares (*optional*): by frame, the merge squares that are encoded, rising, and for every square the one
+                that stands for it: with the mean of their places, counted as often in attention. The output has the
+                encoded ones alone.
         Raises:
             ValueError: if a grid does not divide by `spatial_merge_size` or the grids do not add up to `patches`.
         """
         grids = grid_thw.tolist()
         self._check_grids(grids, hidden_states)
         frame_lengths = [height * width for time, height, width in grids for _ in range(time)]
-        cu_seqlens = F.pad(torch.tensor(frame_lengths, device=hidden_states.device).cumsum(0), (1, 0)).int()
+        device = hidden_states.device
+        table = self._position_table(grids, device)
+        positions = patch_positions(grids, self.spatial_merge_size, device)
+        if squares is not None:
+            rows, owners, kwargs["key_bias"], frame_lengths = self._select_squares(squares, device)
+            hidden_states = hidden_states[rows]
+            table, positions = mean_of_groups(table, owners)[rows], mean_of_groups(positions.float(), owners)[rows]
+        cu_seqlens = F.pad(torch.tensor(frame_lengths, device=device).cumsum(0), (1, 0)).int()
 
         hidden_states = self.patch_embed(hidden_states)
-        device = hidden_states.device
-        hidden_states = hidden_states + self._position_table(grids, device).to(hidden_states)
-        position_embeddings = self.rotary_pos_emb(patch_positions(grids, self.spatial_merge_size, device))
+        hidden_states = hidden_states + table.to(hidden_states)
+        del table  # float32, and not to stay alive through all blocks
+        position_embeddings = self.rotary_pos_emb(positions)
 
         deepstack_features = []
         for index, block in enumerate(self.blocks):
@@ -261,6 +282,23 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
             pooler_output=self.merger(hidden_states),
             deepstack_features=deepstack_features,
         )
+
+    def _select_squares(self, squares, device: torch.device):
+        """Rows of the patches in the chosen squares, the row that stands for each patch, the bias of each chosen one
+        as a key, and how many there are by frame."""
+        if is_flash_attention_requested(self.config):
+            raise ValueError(
+                "FlashAttention takes no weights of single patches, which left-out squares need; use "
+                "attn_implementation='sdpa'."
+            )
+        patches, rows, owners, bias, start = self.spatial_merge_size**2, [], [], [], 0
+        inside = torch.arange(patches, device=device)
+        for kept, owner in zip(*squares, strict=True):
+            rows.append((start + kept[:, None] * patches + inside).flatten())
+            owners.append((start + owner[:, None] * patches + inside).flatten())
+            bias.append(torch.bincount(owner)[kept].float().log().repeat_interleave(patches))
+            start += len(owners[-1])
+        return torch.cat(rows), torch.cat(owners), torch.cat(bias), [len(kept) * patches for kept in squares[0]]
 
     def _position_table(self, grids: list[list[int]], device: torch.device) -> torch.Tensor:
         """The learned square table, resampled bilinearly to every grid: (patches, hidden size), float32."""
@@ -293,6 +331,12 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
                 f"grid_thw describes {needed} patches but the pixels hold {given}; "
                 "pass pixels and grids of the same processor call."
             )
+
+
+def mean_of_groups(x: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    """Means (N, C) of the rows that have the same owner, in the place of the owner; zeros elsewhere."""
+    counts = torch.bincount(owners, minlength=len(x)).clamp(min=1)
+    return torch.zeros_like(x).index_add(0, owners, x) / counts[:, None]
 
 
 def runs_of_equal_length(lengths: list[int]) -> list[tuple[int, int]]:

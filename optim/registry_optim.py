@@ -6,8 +6,6 @@ A technique is one class in one file of this room. It joins by a line in `TECHNI
 
 from difflib import get_close_matches
 
-from transformers.utils import logging
-
 from .attention.attention_adaptive import AdaptiveAttention
 from .attention.attention_block_sparse import BlockSparseAttention
 from .attention.attention_dynamic_sparse import DynamicSparseAttention
@@ -25,13 +23,18 @@ from .cache.cache_tiered import HierarchicalMemoryCompression
 from .cache.vision_feature_cache import VisionFeatureCache
 from .memory.chunked_vision import ChunkedVision
 from .memory.kv_cache_optimizer import KVCachingOptimization
+from .power.power_pacing import PowerManagement
 from .technique_optim import Technique
+from .tokens.repeated_patches import RepeatedPatchRemoval
+from .tokens.token_merging import CrossModalTokenMerging
+from .weights.adaptive_precision import AdaptivePrecision
+from .weights.compiled_decode import CompiledDecode
+from .weights.hardware_kernels import HardwareSpecificKernels
+from .weights.kernel_fusion import KernelFusion
+from .weights.layer_recycling import CrossLayerParameterRecycling
+from .weights.learned_routing import LearnedActivationRouting
 from .weights.linear_decode import DecodeLinear
-
-
-logger = logging.get_logger(__name__)
-
-PRESETS: dict[str, tuple[str, ...]] = {"minimal": (), "balanced": (), "aggressive": ()}
+from .weights.moe_grouped import GroupedExperts
 
 
 TECHNIQUES: dict[str, type[Technique]] = {
@@ -53,43 +56,33 @@ TECHNIQUES: dict[str, type[Technique]] = {
         VisionFeatureCache,
         KVCachingOptimization,
         ChunkedVision,
+        CrossLayerParameterRecycling,
+        LearnedActivationRouting,
         DecodeLinear,
+        AdaptivePrecision,
+        GroupedExperts,
+        KernelFusion,
+        CompiledDecode,
+        HardwareSpecificKernels,
+        CrossModalTokenMerging,
+        RepeatedPatchRemoval,
+        PowerManagement,
     )
 }
 
 
-def techniques_of(optim: dict | str | None) -> list[Technique]:
-    """The techniques that a profile names, in its order.
+def techniques_of(named: dict[str, dict | None]) -> list[Technique]:
+    """Techniques, made of `{name: settings}` in that order.
 
-    Args:
-        optim (`dict` or `str`, *optional*): a preset's name, or `{technique name: settings}`.
     Raises:
-        ValueError: for a preset or technique that does not exist; the nearest known name is suggested.
-        TypeError: if `optim` is neither a string, a dictionary nor `None`.
+        ValueError: for a technique that does not exist; the nearest known name is suggested.
     """
-    if optim is None:
-        return []
-    if isinstance(optim, str):
-        _require_known(optim, PRESETS, "preset")
-        if not PRESETS[optim]:
-            logger.warning_once(f"optim={optim!r} names no technique in this version; the model stays plain.")
-        optim = {name: {} for name in PRESETS[optim]}
-    if not isinstance(optim, dict):
-        raise TypeError(f"optim must be a preset's name, a dictionary or None, got {type(optim).__name__}.")
-    for name in optim:
-        _require_known(name, TECHNIQUES, "technique")
-    return [TECHNIQUES[name](**(settings or {})) for name, settings in optim.items()]
-
-
-def apply_techniques(model) -> list[Technique]:
-    """Applies what `model.config.optim` names (port 4); called at the end of `from_pretrained`.
-
-    They are kept as `model.active_techniques`, for the other ports to ask and for the caller to revert.
-    """
-    model.active_techniques = techniques_of(getattr(model.config, "optim", None))
-    for technique in model.active_techniques:
-        technique.apply(model)
-    return model.active_techniques
+    for name in named:
+        if name not in TECHNIQUES:
+            nearest = get_close_matches(str(name), TECHNIQUES, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(TECHNIQUES)}."
+            raise ValueError(f"optim names an unknown technique {name!r}; {hint}")
+    return [TECHNIQUES[name](**(settings or {})) for name, settings in named.items()]
 
 
 def cache_from_profile(model, batch_size: int, max_length: int):
@@ -99,19 +92,3 @@ def cache_from_profile(model, batch_size: int, max_length: int):
         if cache is not None:
             return cache
     return cache_for_attention(model)
-
-
-def visual_tokens_from_profile(model, input_ids, grids: dict, encoder_outputs: dict) -> dict:
-    """Encoder outputs after the visual-token reduction of the active techniques (port 3); unchanged without one."""
-    for technique in getattr(model, "active_techniques", ()):
-        reduced = technique.plan_visual_tokens(model, input_ids, grids, encoder_outputs)
-        encoder_outputs = encoder_outputs if reduced is None else reduced
-    return encoder_outputs
-
-
-def _require_known(name: str, known: dict, kind: str) -> None:
-    if name in known:
-        return
-    nearest = get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known) or 'none yet'}."
-    raise ValueError(f"optim names an unknown {kind} {name!r}{hint}")

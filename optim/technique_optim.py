@@ -17,11 +17,19 @@ class Technique(ABC):
     """Something that makes a model faster or smaller and can be taken off again.
 
     `apply` followed by `revert` leaves the logits bit-identical. A technique for the cache port overrides
-    `make_cache`, one for the visual-token port `plan_visual_tokens`; `None` from either means "not mine".
+    `make_cache`, one for the visual-token port `plan_visual_tokens` (and puts itself at `visual_reduction` of the
+    base model when it is applied); `None` from either means "not mine".
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool]
+    # Of two techniques with one role, such as `cache`, only one can be on.
+    role: ClassVar[str | None] = None
+    # Names of techniques that are applied before this one if they are on, and that must be on.
+    after: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
+    # Names of techniques that this one cannot be on with, and why.
+    excludes: ClassVar[dict[str, str]] = {}
 
     def __init__(self, **settings: Any):
         self.settings = settings
@@ -38,9 +46,6 @@ class Technique(ABC):
         """A `transformers` `Cache` for `batch_size` rows of at most `max_length` tokens, or `None`."""
         return None
 
-    def plan_visual_tokens(self, model, input_ids, grids: dict, encoder_outputs: dict):
-        """Encoder outputs with fewer visual tokens, or `None`.
-
-        `input_ids` (B, T) is the whole prompt; `grids` holds `image_grid_thw` and `video_grid_thw` as far as given.
-        """
+    def plan_visual_tokens(self, request):
+        """Which visual tokens of a [`VisualRequest`] stay, as a [`VisualPlan`], or `None` for all."""
         return None

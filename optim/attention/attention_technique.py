@@ -12,6 +12,7 @@ class AttentionTechnique(Technique):
     `settings_class` is a frozen dataclass that checks itself; its fields are the keyword arguments.
     """
 
+    role = "attention"
     settings_class: ClassVar[type]
     parts: ClassVar[tuple[str, ...]] = ("text_config", "vision_config")
 

@@ -86,6 +86,7 @@ class CroppingCache(HistoryCache):
 class CacheTechnique(Technique):
     """A technique that acts through the cache port alone: every request of `generate()` gets a `cache_class`."""
 
+    role = "cache"
     cache_class: ClassVar[type[Cache]]
 
     def apply(self, model) -> None:

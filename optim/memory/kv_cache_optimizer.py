@@ -35,6 +35,7 @@ class KVCachingOptimization(Technique):
     """
 
     name = "kv_caching"
+    role = "cache"
 
     def __init__(
         self, config=None, budget: int | str | None = None, cache: str = "auto", lossy: bool = True, **unknown

@@ -23,6 +23,8 @@ class DecodeLinear(Technique):
 
     name = "decode_linear"
     exact = True
+    # It takes the linear layers that those leave.
+    after = ("adaptive_precision", "kernel_fusion", "layer_recycling", "learned_routing")
 
     def __init__(self, config=None, **unknown):
         refuse_unknown(self.name, unknown, ())

@@ -107,4 +107,10 @@ def _details(figures: dict[str, Any]) -> str:
         lines[-1] += f" (worst head {figures['mass_kept_worst_head']:.1%})"
     if "held_mib" in figures:
         lines.append(f"holds {figures['held_mib']:.1f} MiB, {figures['share_of_whole']:.1%} of all")
+    if "kv_mib" in figures:
+        lines.append(f"KV {figures['kv_mib']:.1f} MiB, weights {figures['weights_mib']:.0f} MiB")
+    if "text_weights_mib" in figures:
+        lines.append(f"{figures['text_weights_mib']:,.0f} MiB of text weights")
+    if figures.get("failure"):
+        lines.append(f"fell back: {figures['failure']}")
     return "\n".join(lines)

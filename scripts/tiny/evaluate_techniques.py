@@ -21,6 +21,7 @@ SMALL_PAGES = {"page_tokens": 8}
 # Prompts here are shorter than the default window, so that nothing would be packed.
 SMALL_GROUPS = {"group_size": 32, "residual_tokens": 1}
 POLICIES = ("modality", "snapkv", "pyramid", "h2o", "streaming", "random")
+TOKEN_POLICIES = ("merge", "tome", "divprune", "fastv", "sparsevlm", "uniform", "random")
 MEASURED = "measured"
 CALIBRATION_STREAM, CALIBRATION_SAMPLES = 1_000_004, 6
 PROFILES = {
@@ -43,6 +44,12 @@ PROFILES = {
     "evict 3/4 of visual, modality, in 4 bits": {
         "evicting_cache": {"store": "quantized", "store_options": {"bits": 4, **SMALL_GROUPS}}
     },
+    **{
+        f"{share:.0%} of visual tokens, {policy}": {"token_merging": {"policy": policy, "keep_ratio": share}}
+        for share in (0.25, 0.1)
+        for policy in TOKEN_POLICIES
+    },
+    "repeated patches": {"repeated_patches": {}},
 }
 COLUMNS = {
     "emoji_twemoji": "emoji",
@@ -51,19 +58,20 @@ COLUMNS = {
     "scenes": "all scenes",
     "which_9_16": "which of 9 to 16",
     "long": "larger pictures",
+    "long_text": "text on larger pictures",
 }
 LONGEST_TASK, DENSITY_SAMPLES = "which_9_16", 12
 
 
 def measure_profiles(folder: str, limit: int | None = None) -> dict[str, dict]:
     """Rows of [`evaluate_model`] for every profile, all on one model."""
-    from qwen3_vl.optim.registry_optim import apply_techniques
+    from qwen3_vl.optim.orchestrator_optim import apply_profile
 
     model, processor = load_checkpoint(folder)
     results = {}
     for name, profile in PROFILES.items():
         model.config.optim = with_measured_layers(profile, model, processor) or None
-        techniques = apply_techniques(model)
+        techniques = apply_profile(model)
         results[name] = evaluate_model(model, processor, limit=limit)["rows"]
         results[name]["density"] = measure_density(model, processor)
         for technique in reversed(techniques):

@@ -6,7 +6,8 @@ from helpers import assert_close, make_inputs, make_pair, our_class, stock_forwa
 from live_tensors import LiveTensors
 
 from qwen3_vl import ChunkedVision, VisionFeatureCache
-from qwen3_vl.optim.registry_optim import TECHNIQUES, apply_techniques
+from qwen3_vl.optim.orchestrator_optim import apply_profile
+from qwen3_vl.optim.registry_optim import TECHNIQUES
 
 
 LAYOUT = ["text:3", "image:4x6", "text:2", "image:8x4", "video:5x4x4", "text:4", "image:2x2"]
@@ -126,6 +127,6 @@ def test_a_profile_names_it(kind):
     model = our_class(kind, "ForConditionalGeneration")(make_pair(kind).ours.config)
     model.config.optim = {"chunked_vision": {"max_patches": 64}}
     assert TECHNIQUES["chunked_vision"] is ChunkedVision
-    (technique,) = apply_techniques(model)
+    (technique,) = apply_profile(model)
     assert technique.settings == {"max_patches": 64}
     assert "forward" in vars(model.model.visual)

@@ -11,7 +11,8 @@ from qwen3_vl import KVCacheOptimizer, KVCachingOptimization, MemoryRequest, Pag
 from qwen3_vl.optim.cache.cache_quantized import QuantizedKVCache
 from qwen3_vl.optim.memory import kv_cache_optimizer
 from qwen3_vl.optim.memory.memory_shapes import weight_bytes
-from qwen3_vl.optim.registry_optim import TECHNIQUES, apply_techniques
+from qwen3_vl.optim.orchestrator_optim import apply_profile
+from qwen3_vl.optim.registry_optim import TECHNIQUES
 
 
 OPTIONS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
@@ -76,7 +77,7 @@ def test_what_is_free_counts_without_a_budget(model, monkeypatch):
 )
 def test_named_caches_through_a_profile(model, name, kind):
     model.config.optim = {"kv_caching": {"cache": name}}
-    (technique,) = apply_techniques(model)
+    (technique,) = apply_profile(model)
     assert type(technique) is TECHNIQUES["kv_caching"] is KVCachingOptimization
     assert technique.exact is (name in ("dynamic", "paged"))
     cache = cache_of(model)

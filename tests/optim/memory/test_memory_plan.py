@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import qwen3_vl
 from qwen3_vl import MemoryRequest, VideoClip, VisualRules, plan_memory
-from qwen3_vl.inference.official_sizes import NAMES, official_config
+from qwen3_vl.configuration.official_sizes import NAMES, official_config
 from qwen3_vl.optim.memory.memory_caches import CACHES
 from qwen3_vl.optim.memory.memory_plan import PREFILL_CHUNKS, VISION_CHUNKS
 

@@ -3,7 +3,11 @@
 Numbers of the published `config.json` files, as far as memory depends on them.
 """
 
+from functools import cache
 from typing import Any
+
+from .configuration_qwen3_vl import Qwen3VLConfig
+from .configuration_qwen3_vl_moe import Qwen3VLMoeConfig
 
 
 _SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
@@ -28,9 +32,6 @@ def official_config(name: str) -> Any:
     size, _, edition = name.removeprefix("Qwen/Qwen3-VL-").rpartition("-")
     if not name.startswith("Qwen/Qwen3-VL-") or size not in _DENSE or edition not in EDITIONS:
         return None
-    from ..configuration.configuration_qwen3_vl import Qwen3VLConfig
-    from ..configuration.configuration_qwen3_vl_moe import Qwen3VLMoeConfig
-
     hidden, inner, layers, heads, kv_heads = _DENSE[size]
     text = {
         "hidden_size": hidden,
@@ -50,3 +51,9 @@ def official_config(name: str) -> Any:
         vision_config={**(_SMALL_TOWER if size in _SMALL else _LARGE_TOWER), "out_hidden_size": hidden},
         tie_word_embeddings=size in _TIED,
     )
+
+
+@cache
+def default_config() -> Any:
+    """The configuration that stands for a model where none is named: that of the 2B one. Not to be written to."""
+    return official_config("Qwen/Qwen3-VL-2B-Instruct")
