@@ -136,8 +136,8 @@ def test_a_copy_goes_its_own_way(model, name):
 @pytest.mark.parametrize("name", MAKERS)
 def test_positions_move_with_the_rows_once(model, name):
     """The three rows come differently far, so that a note that stayed or moved twice is a wrong one."""
-    if name == "static":
-        pytest.skip("a static cache is made for one row here")
+    if isinstance(MAKERS[name](model), StaticCache):
+        pytest.skip("static caches do not move rows by number")
     inputs = make_inputs(["image:4x6", "text:9"], ["text:4", "image:8x8"], ["text:12"])
     order = torch.tensor([2, 0, 1])
     for move in ("reorder_cache", "batch_select_indices"):
