@@ -72,7 +72,7 @@ API_PATHS: dict[str, tuple[str, ...]] = {
     ),
     "components.routing": ("MoeLayer",),
     "components.system": (),
-    "components.system.interfaces": ("MemoryManager",),
+    "components.system.interfaces": ("ConfigurableComponent", "MemoryManager"),
 }
 
 

@@ -116,7 +116,8 @@ class Qwen3VLConfig(PreTrainedConfig):
         image_token_id (`int`): placeholder that stands once for every visual token of a picture.
         video_token_id (`int`): the same for video frames.
         optim (`dict` or `str`, *optional*): optimization profile, or the name of a preset. `None` is the plain
-            model. Stock `transformers` keeps the key and ignores it.
+            model. Stock `transformers` keeps the key and ignores it. `from_pretrained` takes the path of a YAML or
+            JSON file too.
     """
 
     model_type = "qwen3_vl"
@@ -140,6 +141,15 @@ class Qwen3VLConfig(PreTrainedConfig):
         if isinstance(self.vision_config, dict) and self.vision_config.get("model_type") == self.model_type:
             self.vision_config = {**self.vision_config, "model_type": f"{self.model_type}_vision"}
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in `transformers`; an `optim` given beside the dictionary is checked before weights are loaded."""
+        if "optim" in kwargs:
+            from .profile_qwen3_vl import given_profile  # which names configurations of this file
+
+            kwargs["optim"] = given_profile(kwargs["optim"])
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict:
         values = super().to_dict()

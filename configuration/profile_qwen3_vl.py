@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .official_sizes import default_config
+from .profile_files import GivenProfile, is_profile_file, parse_json, read_profile
 from .profile_presets import preset_sections
 from .profile_sections import (
     CPUConfig,
@@ -114,16 +115,23 @@ class UnifiedConfig:
         Raises:
             ValueError: if it is no JSON, and as `from_dict`.
         """
-        text = str(source)
-        if isinstance(source, Path) or not text.lstrip().startswith("{"):
-            text = Path(source).read_text(encoding="utf-8")
+        if isinstance(source, Path) or not str(source).lstrip().startswith("{"):
+            return cls.from_file(source)
+        return cls.from_dict(parse_json(str(source), "the profile"))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "UnifiedConfig":
+        """The profile in a YAML or JSON file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it cannot be read, and as `from_dict`; the file is named.
+        """
+        values = read_profile(path)
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"the profile is no JSON (line {error.lineno}: {error.msg}); write it with to_json()."
-            ) from None
-        return cls.from_dict(values)
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The version and what differs from the defaults, of types that JSON has."""
@@ -189,7 +197,7 @@ class UnifiedConfig:
         if memory.vision_patches is not None:
             yield "chunked_vision", {"max_patches": memory.vision_patches}
         if chosen.visual_keep_ratio < 1:
-            yield "token_merging", {"keep_ratio": chosen.visual_keep_ratio}
+            yield "token_merging", {"keep_ratio": chosen.visual_keep_ratio, "min_tokens": chosen.visual_min_tokens}
         if memory.vision_feature_bytes:
             yield "vision_feature_cache", {"max_bytes": memory.vision_feature_bytes}
         if memory.prefix_cache_bytes:
@@ -217,6 +225,22 @@ class UnifiedConfig:
             raise AttributeError(name)
         config = default_config() if self.model is None else self.model
         return getattr(config, name) if hasattr(config, name) else getattr(config.get_text_config(), name)
+
+
+def given_profile(optim: Any) -> GivenProfile | str | None:
+    """What a caller gives as `optim=`, checked and in the form in which a model's configuration holds it.
+
+    Args:
+        optim: a preset's name, a dictionary, the path of a YAML or JSON file, a [`UnifiedConfig`], or `None`.
+    Raises:
+        ValueError, TypeError: as of [`UnifiedConfig.parse`] and `from_file`.
+    """
+    if is_profile_file(optim):
+        return GivenProfile(UnifiedConfig.from_file(optim).to_dict())
+    profile = UnifiedConfig.parse(optim)
+    if optim is None or isinstance(optim, str):
+        return optim
+    return GivenProfile(optim if isinstance(optim, dict) else profile.to_dict())
 
 
 def model_config(config):

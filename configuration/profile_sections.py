@@ -148,6 +148,7 @@ class OptimizationConfig(ProfileSection):
         attention_settings (`dict`): its settings.
         weight_bits (`int`, *optional*): 8 or 4, of linear layers and the head; by default they stay.
         visual_keep_ratio (`float`): share of visual tokens that the decoder gets, over 0 up to 1.
+        visual_min_tokens (`int`): what a picture or video keeps of its tokens at least; small ones have few to spare.
         techniques (`dict`): further ones of the registry, `{name: settings}`; settings given here beat the fields.
         moe_num_experts, moe_top_k (`int`): of a [`MoeLayer`] that is built from the profile.
     """
@@ -156,6 +157,7 @@ class OptimizationConfig(ProfileSection):
     attention_settings: dict = field(default_factory=dict)
     weight_bits: int | None = setting(None, choices=(8, 4))
     visual_keep_ratio: float = setting(1.0, least=0.001, most=1.0)
+    visual_min_tokens: int = setting(64, least=1)
     techniques: dict = field(default_factory=dict)
     moe_num_experts: int = setting(8, least=1)
     moe_top_k: int = setting(2, least=1)

@@ -19,6 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
+from ..configuration.profile_qwen3_vl import given_profile
+
 
 OFFICIAL_EXAMPLE = "Qwen/Qwen3-VL-2B-Instruct"
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
@@ -131,6 +133,7 @@ def load(
     dtype: str = "auto",
     device: str | None = None,
     attn_implementation: str | None = None,
+    optim: str | dict[str, Any] | None = None,
 ) -> LoadedModel:
     """Loads a model and its processor for answering.
 
@@ -139,6 +142,8 @@ def load(
         dtype (`str`): one of `DTYPES`; `auto` is what the checkpoint holds.
         device (`str`, *optional*): default: see `pick_device`.
         attn_implementation (`str`, *optional*): the name of an attention function.
+        optim (`str` or `dict`, *optional*): a preset's name, a profile or its file, or "none" for the plain model;
+            by default what the model's folder says.
     Raises:
         AnsweringError: if it cannot be loaded.
     """
@@ -147,6 +152,7 @@ def load(
     source, device = find_model(model), pick_device(device)
     local = {} if Path(source).is_dir() else {"local_files_only": only_in_cache(source)}
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options |= find_profile(optim)
     try:
         processor = AutoProcessor.from_pretrained(source, **local)
         network = AutoModelForImageTextToText.from_pretrained(
@@ -155,6 +161,20 @@ def load(
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise AnsweringError(f"cannot load {source}: {first_line(error)}") from error
     return LoadedModel(network.to(device).eval(), processor)
+
+
+def find_profile(optim: str | dict[str, Any] | None) -> dict[str, Any]:
+    """What `from_pretrained` is to be given for a profile: nothing, or `optim`.
+
+    Raises:
+        AnsweringError: if there is no such preset or file, or it holds no profile.
+    """
+    if optim is None:
+        return {}
+    try:
+        return {"optim": None if optim == "none" else given_profile(optim)}
+    except (OSError, ValueError, TypeError) as error:
+        raise AnsweringError(first_line(error)) from None
 
 
 def open_picture(path: str | Path) -> Image.Image:

@@ -20,6 +20,8 @@ from rich.console import Console
 
 from .doctor_command import doctor
 from .plan_command import plan
+from .profile_command import profile
+from .tune_command import tune
 
 
 app = typer.Typer(
@@ -73,6 +75,10 @@ def ask(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, or another attention name.")] = None,
+    optim: Annotated[
+        str | None,
+        typer.Option(help="minimal, balanced, aggressive, a YAML or JSON file, or none. Default: the model's own."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: the first that is here.")] = (
         None
@@ -89,11 +95,14 @@ def ask(
             # Checked before the weights are loaded, which may take minutes.
             pictures = [answering.open_picture(path) for path in image or ()]
             answering.build_messages(question, pictures, video or ())
+            answering.find_profile(optim)
             source = answering.find_model(model)
             if model is None:
                 notes.print(f"Using the tiny checkpoint in {_shorten(source)}, trained for small test pictures.")
                 notes.print(f"Official weights: --model {answering.OFFICIAL_EXAMPLE}", style="dim")
-            loaded = answering.load(source, dtype=dtype, device=device, attn_implementation=attn_implementation)
+            loaded = answering.load(
+                source, dtype=dtype, device=device, attn_implementation=attn_implementation, optim=optim
+            )
         result = answering.answer(
             loaded,
             question,
@@ -128,6 +137,8 @@ def export(
 
 app.command()(plan)
 app.command()(doctor)
+app.command()(profile)
+app.command()(tune)
 
 
 def _export(model: str, output: Path) -> tuple[Path, dict[str, Any]]:

@@ -61,9 +61,7 @@ class Qwen3VLPreTrainedModel(PreTrainedModel):
                 f"the weights in {culprit} cannot be read ({error}); the file is corrupt or was cut short, "
                 "download or save it again."
             ) from error
-        # A caller who names techniques himself is told when one cannot run; a preset or a Hub profile goes on without.
-        strict = isinstance(kwargs.get("optim"), dict)
-        apply_profile(loaded[0] if isinstance(loaded, tuple) else loaded, strict)
+        apply_profile(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):

@@ -4,7 +4,9 @@ Sources: Qwen3-VL Technical Report (arXiv 2511.21631); SigLIP 2 (arXiv 2502.1478
 (arXiv 2406.04334).
 """
 
-from itertools import groupby
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import torch
 from torch import nn
@@ -102,7 +104,7 @@ class Qwen3VLVisionAttention(nn.Module):
         frame_lengths: list[int],
         cu_seqlens: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        key_bias: torch.Tensor | None = None,
+        shared: "SharedUpdates | None" = None,
         **kwargs,
     ) -> tuple[torch.Tensor, tuple | None]:
         """Attends within each frame.
@@ -111,9 +113,9 @@ class Qwen3VLVisionAttention(nn.Module):
             hidden_states (`torch.Tensor`): (patches, hidden size), the frames one after the other.
             frame_lengths (`list[int]`): patches of each frame, on the host, so that no layer waits for the device.
             cu_seqlens (`torch.Tensor`): (frames + 1,) int32 offsets, for variable-length kernels.
-            key_bias (`torch.Tensor`, *optional*): (patches,), added to the scores of each patch as a key.
+            shared ([`SharedUpdates`], *optional*): leaves the queries of some patches out.
         Returns:
-            output (patches, hidden size), and the weights of every run of equal frames if the implementation gives
+            output (queries, hidden size), and the weights of every run of equal frames if the implementation gives
             them.
         """
         patches = hidden_states.shape[0]
@@ -138,20 +140,23 @@ class Qwen3VLVisionAttention(nn.Module):
             )
             return self.proj(output.reshape(patches, -1)), weights
 
-        outputs, weights, start = [], [], 0
-        for length, frames in runs_of_equal_length(frame_lengths):
-            stop = start + length * frames
+        query_lengths = frame_lengths
+        if shared is not None:
+            query, query_lengths = query[:, shared.computed], shared.frame_lengths
+        outputs, weights, start, first = [], [], 0, 0
+        for (length, queries), frames in runs_of_equals(zip(frame_lengths, query_lengths, strict=True)):
+            stop, last = start + length * frames, first + queries * frames
             # Frames of equal size are the rows of one batch: one call in place of one a frame.
-            batch = (x[:, start:stop].unflatten(1, (frames, length)).transpose(0, 1) for x in (query, key, value))
-            mask = None
-            if key_bias is not None:
-                mask = key_bias[start:stop].to(query.dtype).view(frames, 1, 1, length).expand(-1, -1, length, -1)
-            run_output, run_weights = attend(
-                self, *batch, attention_mask=mask, scaling=self.scaling, dropout=0.0, is_causal=False, **kwargs
+            batch = (
+                x.unflatten(1, (frames, -1)).transpose(0, 1)
+                for x in (query[:, first:last], key[:, start:stop], value[:, start:stop])
             )
-            outputs.append(run_output.reshape(length * frames, -1))
+            run_output, run_weights = attend(
+                self, *batch, attention_mask=None, scaling=self.scaling, dropout=0.0, is_causal=False, **kwargs
+            )
+            outputs.append(run_output.reshape(queries * frames, -1))
             weights.append(run_weights)
-            start = stop
+            start, first = stop, last
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.proj(output), None if weights[0] is None else tuple(weights)
 
@@ -175,9 +180,40 @@ class Qwen3VLVisionBlock(GradientCheckpointingLayer):
         self.attn = Qwen3VLVisionAttention(config)
         self.mlp = Qwen3VLVisionMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.norm2(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, shared: "SharedUpdates | None" = None, **kwargs) -> torch.Tensor:
+        update = self.attn(self.norm1(hidden_states), shared=shared, **kwargs)[0]
+        if shared is None:
+            hidden_states = hidden_states + update
+            return hidden_states + self.mlp(self.norm2(hidden_states))
+        update = update + self.mlp(self.norm2(hidden_states[shared.computed] + update))
+        return hidden_states + shared.spread(update)
+
+
+@dataclass(frozen=True)
+class SharedUpdates:
+    """Patches whose update by a block is not computed but a weighted mean of that of patches beside them.
+
+    They keep their own hidden states, and are seen by all others as what they are.
+
+    Args:
+        computed (`torch.Tensor`): (K,) rows of the patches with updates of their own, rising.
+        frame_lengths (`list[int]`): how many those are in each frame.
+        left_out (`torch.Tensor`): (G,) rows of the others.
+        beside, nearness (`torch.Tensor`): (G, 4) rows for each, all of them computed, and their weights.
+    """
+
+    computed: torch.Tensor
+    frame_lengths: list[int]
+    left_out: torch.Tensor
+    beside: torch.Tensor
+    nearness: torch.Tensor
+
+    def spread(self, update: torch.Tensor) -> torch.Tensor:
+        """Updates (patches, C) out of the computed ones (K, C)."""
+        rows = len(self.computed) + len(self.left_out)
+        whole = update.new_zeros(rows, update.shape[1]).index_copy(0, self.computed, update)
+        shared = (whole[self.beside] * self.nearness[..., None].to(update)).sum(1)
+        return whole.index_copy(0, self.left_out, shared)
 
 
 class Qwen3VLVisionPatchMerger(nn.Module):
@@ -232,7 +268,8 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
         self,
         hidden_states: torch.Tensor,
         grid_thw: torch.Tensor,
-        squares: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None,
+        squares_left_out: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        sharing_blocks: int = 0,
         **kwargs,
     ) -> tuple | Qwen3VLVisionOutput:
         """Encodes pictures and frames, each on its own.
@@ -241,9 +278,8 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
             hidden_states (`torch.Tensor`): (patches, channels * temporal_patch_size * patch_size**2), the pixels of
                 all pictures, normalised; the patches of a merge square are neighbours.
             grid_thw (`torch.Tensor`): (pictures, 3), patches in time, height and width of each.
-            squares (*optional*): by frame, the merge squares that are encoded, rising, and for every square the one
-                that stands for it: with the mean of their places, counted as often in attention. The output has the
-                encoded ones alone.
+            squares_left_out (*optional*): by frame, numbers (n,) of merge squares that the first `sharing_blocks`
+                blocks do not compute, and (n, 4) those above, below, left and right of each: see [`SharedUpdates`].
         Raises:
             ValueError: if a grid does not divide by `spatial_merge_size` or the grids do not add up to `patches`.
         """
@@ -253,10 +289,7 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
         device = hidden_states.device
         table = self._position_table(grids, device)
         positions = patch_positions(grids, self.spatial_merge_size, device)
-        if squares is not None:
-            rows, owners, kwargs["key_bias"], frame_lengths = self._select_squares(squares, device)
-            hidden_states = hidden_states[rows]
-            table, positions = mean_of_groups(table, owners)[rows], mean_of_groups(positions.float(), owners)[rows]
+        shared = self._share_updates(squares_left_out, frame_lengths, device) if squares_left_out else None
         cu_seqlens = F.pad(torch.tensor(frame_lengths, device=device).cumsum(0), (1, 0)).int()
 
         hidden_states = self.patch_embed(hidden_states)
@@ -271,6 +304,7 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
                 frame_lengths=frame_lengths,
                 cu_seqlens=cu_seqlens,
                 position_embeddings=position_embeddings,
+                shared=shared if index < sharing_blocks else None,
                 **kwargs,
             )
             if index in self.deepstack_visual_indexes:
@@ -283,22 +317,26 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
             deepstack_features=deepstack_features,
         )
 
-    def _select_squares(self, squares, device: torch.device):
-        """Rows of the patches in the chosen squares, the row that stands for each patch, the bias of each chosen one
-        as a key, and how many there are by frame."""
+    def _share_updates(self, squares, frame_lengths: list[int], device: torch.device) -> SharedUpdates:
         if is_flash_attention_requested(self.config):
-            raise ValueError(
-                "FlashAttention takes no weights of single patches, which left-out squares need; use "
-                "attn_implementation='sdpa'."
-            )
-        patches, rows, owners, bias, start = self.spatial_merge_size**2, [], [], [], 0
-        inside = torch.arange(patches, device=device)
-        for kept, owner in zip(*squares, strict=True):
-            rows.append((start + kept[:, None] * patches + inside).flatten())
-            owners.append((start + owner[:, None] * patches + inside).flatten())
-            bias.append(torch.bincount(owner)[kept].float().log().repeat_interleave(patches))
-            start += len(owners[-1])
-        return torch.cat(rows), torch.cat(owners), torch.cat(bias), [len(kept) * patches for kept in squares[0]]
+            raise ValueError("patches are left out, which FlashAttention does not do; use attn_implementation='sdpa'.")
+        merge, stops = self.spatial_merge_size, list(accumulate(frame_lengths))
+        inside = torch.arange(merge**2, device=device)
+        row, column = inside // merge, inside % merge
+        # Of the square above the lowest row is next, of that below the highest, and so on; near ones weigh more.
+        facing = torch.stack((merge * (merge - 1) + column, column, merge * row + merge - 1, merge * row))
+        nearness = torch.stack((merge - row, row + 1, merge - column, column + 1)).T / (2 * merge + 2)
+        left_out, beside, counts = [], [], []
+        for stop, length, (numbers, around) in zip(stops, frame_lengths, squares, strict=True):
+            start = stop - length
+            left_out.append((start + numbers[:, None] * len(inside) + inside).flatten())
+            beside.append((start + around[..., None] * len(inside) + facing).transpose(1, 2).flatten(0, 1))
+            counts.append(length - len(left_out[-1]))
+        left_out, beside = torch.cat(left_out), torch.cat(beside)
+        is_computed = torch.ones(stops[-1], dtype=torch.bool, device=device)
+        is_computed[left_out] = False
+        weights = nearness.repeat(len(left_out) // len(inside), 1)
+        return SharedUpdates(is_computed.nonzero().squeeze(-1), counts, left_out, beside, weights)
 
     def _position_table(self, grids: list[list[int]], device: torch.device) -> torch.Tensor:
         """The learned square table, resampled bilinearly to every grid: (patches, hidden size), float32."""
@@ -333,15 +371,9 @@ class Qwen3VLVisionModel(Qwen3VLPreTrainedModel):
             )
 
 
-def mean_of_groups(x: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
-    """Means (N, C) of the rows that have the same owner, in the place of the owner; zeros elsewhere."""
-    counts = torch.bincount(owners, minlength=len(x)).clamp(min=1)
-    return torch.zeros_like(x).index_add(0, owners, x) / counts[:, None]
-
-
-def runs_of_equal_length(lengths: list[int]) -> list[tuple[int, int]]:
-    """Neighbours of equal length: `[4, 4, 6]` to `[(4, 2), (6, 1)]`, each (length, count)."""
-    return [(length, len(list(run))) for length, run in groupby(lengths)]
+def runs_of_equals(items: Iterable) -> list[tuple]:
+    """Neighbours that are equal: `[4, 4, 6]` to `[(4, 2), (6, 1)]`, each (item, count)."""
+    return [(item, len(list(run))) for item, run in groupby(items)]
 
 
 def linear_taps(size: int, side: int, device) -> tuple[torch.Tensor, torch.Tensor]:

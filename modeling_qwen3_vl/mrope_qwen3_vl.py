@@ -6,10 +6,9 @@ a picture, positions run behind the count of tokens. Source: Qwen2-VL (arXiv 240
 every video frame stands alone behind a time stamp in text (arXiv 2511.21631).
 """
 
-from functools import cache as remember_result
-
 import torch
-from torch.utils import _pytree as pytree
+
+from ..optim.cache.cache_front import CacheFront, put_in_front
 
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
@@ -177,59 +176,23 @@ def visual_runs(cache, length: int, batch_size: int, device=None) -> torch.Tenso
 def _note(cache, name: str, rows: torch.Tensor) -> None:
     if bool((rows == rows[:1]).all()):
         rows = rows[:1]  # one row stands for any number of equal ones
-    elif not getattr(cache, "positions_follow_rows", False):
-        cache.__class__ = _following_rows(type(cache))
+    else:
+        put_in_front(PositionsFollowRows, cache)
     setattr(cache, name, rows)
 
 
-class PositionsFollowRows:
+class PositionsFollowRows(CacheFront):
     """Put in front of a cache's class while its rows have come differently far, so that the note moves with them.
 
-    A plain cache offers no hook for this, and a note that stayed behind would give silently wrong positions.
+    A note that stayed behind would give silently wrong positions.
     """
 
-    positions_follow_rows = True
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._take_rows(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._take_rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._move_notes(lambda rows: rows.repeat_interleave(repeats, dim=0))
-
-    def _take_rows(self, indices: torch.Tensor) -> None:
-        self._move_notes(lambda rows: rows[indices.to(rows.device)])
-
-    def _move_notes(self, move) -> None:
+    def move_notes(self, move) -> None:
+        super().move_notes(move)
         for name in _NOTES:
             rows = getattr(self, name, None)
             if rows is not None and len(rows) > 1:
                 setattr(self, name, move(rows))
-
-    def __reduce__(self):
-        # The derived class has no name to be found by; a copy is made of the cache's own class and derived again.
-        return _rebuild_following, (type(self).__mro__[2], self.__dict__)
-
-
-@remember_result
-def _following_rows(cache_class: type) -> type:
-    derived = type(cache_class.__name__, (PositionsFollowRows, cache_class), {"__module__": cache_class.__module__})
-    node = pytree.SUPPORTED_NODES.get(cache_class)
-    if node is not None:  # `torch.export` and friends look a cache up by its exact type
-        pytree.register_pytree_node(derived, node.flatten_fn, node.unflatten_fn)
-    return derived
-
-
-def _rebuild_following(cache_class: type, state: dict):
-    cache = cache_class.__new__(cache_class)
-    cache.__dict__.update(state)
-    cache.__class__ = _following_rows(cache_class)
-    return cache
 
 
 def next_positions_seen(cache) -> torch.Tensor | None:

@@ -7,11 +7,11 @@ noted on the cache object, and a class in front of its own translates.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache as remember_result
 
 import torch
-from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
+
+from ..optim.cache.cache_front import CacheFront, put_in_front
 
 
 _SELECTIONS = "_qwen3_vl_selections"
@@ -117,8 +117,7 @@ def note_selections(cache: Cache, selections: Selections) -> None:
 
 def count_all_tokens(cache: Cache) -> None:
     """Makes a cache translate by its note, as one that was copied from another cache does not yet."""
-    if not isinstance(cache, CountsAllTokens):
-        cache.__class__ = _counting_tokens(type(cache))
+    put_in_front(CountsAllTokens, cache)
 
 
 @contextmanager
@@ -134,7 +133,7 @@ def entries_counted(cache: Cache | None) -> Iterator[None]:
         cache.speaks_of_entries = False
 
 
-class CountsAllTokens:
+class CountsAllTokens(CacheFront):
     """Put in front of a cache's class when visual tokens were left out before it."""
 
     speaks_of_entries = False
@@ -171,43 +170,16 @@ class CountsAllTokens:
         self._of_entries(super().reset)
         setattr(self, _SELECTIONS, None)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._of_entries(super().reorder_cache, beam_idx)
-        self._move(lambda rows: rows[beam_idx.to(rows.device)])
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._of_entries(super().batch_select_indices, indices)
-        self._move(lambda rows: rows[torch.as_tensor(indices).to(rows.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._of_entries(super().batch_repeat_interleave, repeats)
-        self._move(lambda rows: rows.repeat_interleave(repeats, dim=0))
-
-    def _of_entries(self, method: Callable, *args) -> None:
+    def move_rows(self, method: Callable, argument, move: Callable) -> None:
         with entries_counted(self):
-            method(*args)
+            super().move_rows(method, argument, move)
 
-    def _move(self, move: Callable) -> None:
+    def move_notes(self, move: Callable) -> None:
+        super().move_notes(move)
         selections = noted_selections(self)
         if selections is not None:
             setattr(self, _SELECTIONS, selections.moved(move))
 
-    def __reduce__(self):
-        # The derived class has no name to be found by; a copy is made of the cache's own class and derived again.
-        return _rebuild_counting, (type(self).__mro__[2], self.__dict__)
-
-
-@remember_result
-def _counting_tokens(cache_class: type) -> type:
-    derived = type(cache_class.__name__, (CountsAllTokens, cache_class), {"__module__": cache_class.__module__})
-    node = pytree.SUPPORTED_NODES.get(cache_class)
-    if node is not None:  # `torch.export` and friends look a cache up by its exact type
-        pytree.register_pytree_node(derived, node.flatten_fn, node.unflatten_fn)
-    return derived
-
-
-def _rebuild_counting(cache_class: type, state: dict):
-    cache = cache_class.__new__(cache_class)
-    cache.__dict__.update(state)
-    cache.__class__ = _counting_tokens(cache_class)
-    return cache
+    def _of_entries(self, method: Callable, *args) -> None:
+        with entries_counted(self):
+            method(*args)

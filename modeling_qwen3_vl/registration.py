@@ -16,6 +16,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -49,6 +50,11 @@ PROCESSOR_CLASSES = {
     "image_processing_auto": ("AutoImageProcessor", "image_processing_qwen3_vl.Qwen3VLImageProcessor"),
     "video_processing_auto": ("AutoVideoProcessor", "video_processing_qwen3_vl.Qwen3VLVideoProcessor"),
 }
+# Modules of `optim` that write into tables of `transformers` when they are imported, and what writes and takes back.
+TABLES = (
+    ("attention.attention_layout", "register_known_attention", "withdraw_attention"),
+    ("weights.layer_recycling_saving", "register_loader", "withdraw_loader"),
+)
 PROCESSED_MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -71,8 +77,9 @@ def register() -> None:
     hook = _AfterImport({name: action for name, action in actions.items() if name not in sys.modules})
     sys.meta_path.insert(0, hook)
     _undo.append(lambda: sys.meta_path.remove(hook))
-    _on_attention("register_known_attention")
-    _undo.append(lambda: _on_attention("withdraw_attention"))
+    for module, enter, leave in TABLES:
+        _if_imported(module, enter)
+        _undo.append(partial(_if_imported, module, leave))
     for name, action in actions.items():
         if name in sys.modules:
             action(sys.modules[name])
@@ -84,11 +91,11 @@ def unregister() -> None:
         _undo.pop()()
 
 
-def _on_attention(action: str) -> None:
-    """Attention names appear when their modules are imported; before that there is nothing to do."""
-    layout = sys.modules.get(f"{_PACKAGE}.optim.attention.attention_layout")
-    if layout is not None:
-        getattr(layout, action)()
+def _if_imported(module: str, action: str) -> None:
+    """Runs a function of one of our modules; before its import there is nothing to do."""
+    imported = sys.modules.get(f"{_PACKAGE}.optim.{module}")
+    if imported is not None:
+        getattr(imported, action)()
 
 
 def _register_configs(module) -> None:

@@ -51,6 +51,11 @@ class FallbackManager:
 
     def __init__(self, named: Any = ()):
         self.named = frozenset(named)
+        self._refused: dict[str, str] = {}
+
+    def refuse(self, technique: Technique, reason: str) -> None:
+        """Lets `technique`, with the settings that it has, give way to a weaker choice from now on."""
+        self._refused[_signature(technique)] = reason
 
     def apply(self, technique: Technique, model, taken: Any = ()) -> Outcome:
         """Applies `technique` to `model`, or what can stand for it.
@@ -70,12 +75,14 @@ class FallbackManager:
                     raise
                 reason = reason or _first_line(error)
             choice = self._weaker(technique)
-            technique = None if choice is None or choice.name in taken else choice
+            technique = None if choice is None or choice.name in set(taken) - {asked} else choice
             stands = "nothing stands in for it" if technique is None else f"{technique.name} stands in for it"
             logger.warning_once(f"{asked} cannot run here and {stands}: {reason}")
         return Outcome(asked, None, reason)
 
     def _try(self, technique: Technique, model) -> None:
+        if _signature(technique) in self._refused:
+            raise RuntimeError(self._refused[_signature(technique)])
         try:
             technique.apply(model)
         except BaseException:
@@ -94,6 +101,10 @@ def gives_numbers(model) -> bool:
     ids = torch.arange(1, 9, device=model.device)[None]
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return bool(output[0].isfinite().all())
+
+
+def _signature(technique: Technique) -> str:
+    return f"{technique.name} {technique.settings}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,6 +14,16 @@ from .memory.memory_units import format_bytes
 
 # Of the memory, what is left to the system and to everybody else.
 FREE_SHARE = 0.2
+BATTERY_CPU_SHARE = 0.5
+REASONS = {
+    "qwen3_vl_exact": "the same answers without copies of keys and values",
+    "faster_rotary": "tables of angles are computed once",
+    "decode_linear": "reads weights at the memory's speed while decoding",
+    "hardware_kernels": "kernels by the GPU's capability",
+    "adaptive_precision": "weights as they are take too much memory or power",
+    "quantized_cache": "exact keys and values take too much memory",
+    "power_management": "as many threads as cores may be used, less on battery",
+}
 # Best answers first: bits of weights and of keys and values, `None` for as they are.
 QUALITIES = ((None, None), (None, 8), (8, None), (8, 8), (4, 8), (4, 4), (4, 2))
 # Bytes a weight takes beside its bits: a scale and a zero in bfloat16 for each group of 64 or so.
@@ -51,6 +61,8 @@ class UnifiedConfigManager:
     def get_hardware_optimized_config(self, specs: dict[str, Any] | Hardware | None = None) -> UnifiedConfig:
         """The best answers that fit a machine, and what it runs fastest without changing them.
 
+        On battery weights are packed even where they would fit, and half of the CPU time is taken while it lasts.
+
         Args:
             specs (`dict` or [`Hardware`], *optional*): `gpu_memory` in bytes, `cpu_cores`, `memory_gb`; by default
                 this machine.
@@ -64,11 +76,17 @@ class UnifiedConfigManager:
             hardware = specs if isinstance(specs, Hardware) else Hardware.from_specs(specs)
         on_gpu = hardware.gpu_memory_bytes is not None
         memory = hardware.gpu_memory_bytes if on_gpu else hardware.memory_bytes
+        if memory is None:
+            raise ValueError("this machine does not say how much memory it has; give memory_gb.")
         room = int(memory * (1 - FREE_SHARE))
         self.explanation = [
             *hardware.lines(),
             f"{format_bytes(room)} of {format_bytes(memory)} may be used; the rest is left to others.",
         ]
+        if hardware.on_battery:
+            self.explanation.append(
+                "on battery: packed weights, since reading them is what a token costs, and half of the CPU time."
+            )
         tried = []
         for candidate in self._candidates(hardware, on_gpu):
             fits = candidate.peak <= room
@@ -76,7 +94,7 @@ class UnifiedConfigManager:
             word = "fits: chosen" if fits else "does not fit"
             self.explanation.append(f"{candidate.quality}: {format_bytes(candidate.peak)} at the peak, {word}.")
             if fits:
-                self._explain_rest(candidate.profile)
+                self._explain_rest(candidate.profile, hardware)
                 return candidate.profile
         least = min(tried, key=lambda candidate: candidate.peak)
         raise MemoryError(
@@ -86,6 +104,8 @@ class UnifiedConfigManager:
 
     def _candidates(self, hardware: Hardware, on_gpu: bool) -> Iterator[_Candidate]:
         for weight_bits, cache_bits in QUALITIES:
+            if weight_bits is None and hardware.on_battery:
+                continue
             cache = "paged" if cache_bits is None else f"int{cache_bits}"
             device = "cuda" if on_gpu else "cpu"
             plan = plan_memory(self.model_config, self.request, cache=cache, device=device)
@@ -108,13 +128,16 @@ class UnifiedConfigManager:
         else:
             sections["cpu"] = {"decode_linear": True, "faster_rotary": True, "threads": hardware.cpu_cores}
         if hardware.on_battery:
-            sections["power"] = {"battery_cpu_share": 0.5}
+            sections["power"] = {"battery_cpu_share": BATTERY_CPU_SHARE}
         return UnifiedConfig(**sections, model=self.model_config)
 
-    def _explain_rest(self, profile: UnifiedConfig) -> None:
+    def _explain_rest(self, profile: UnifiedConfig, hardware: Hardware) -> None:
         for name, settings in profile.techniques().items():
             given = ", ".join(f"{key}={value}" for key, value in settings.items())
-            self.explanation.append(f"on: {name}" + (f" ({given})" if given else ""))
+            reason = REASONS[name]
+            if name == "decode_linear" and hardware.compiler is None:
+                reason = "would read weights at the memory's speed; without a C++ compiler PyTorch's products run"
+            self.explanation.append(f"on: {name}" + (f" ({given})" if given else "") + f", {reason}.")
 
 
 def create_unified_config_manager(model: Any = None, request: MemoryRequest | None = None) -> UnifiedConfigManager:

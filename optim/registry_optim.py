@@ -1,6 +1,7 @@
 """The techniques that a profile can name, and the ports of the model through which they act.
 
-A technique is one class in one file of this room. It joins by a line in `TECHNIQUES`; nothing else changes. With
+A technique is one class in one file of this room. It joins by a line in `TECHNIQUES`, a user's own by
+[`register_technique`]; nothing else changes. With
 `config.optim` unset no technique is active and the model is the plain one.
 """
 
@@ -69,6 +70,30 @@ TECHNIQUES: dict[str, type[Technique]] = {
         PowerManagement,
     )
 }
+
+
+def register_technique(technique: type[Technique]) -> type[Technique]:
+    """Makes a class of one's own a technique that profiles can name; also a decorator.
+
+    Args:
+        technique (`type`): a subclass of [`Technique`] with a `name` of its own and `exact`.
+    Raises:
+        TypeError: for something else, or a class whose `apply` or `revert` is missing.
+        ValueError: if the name is taken by another class.
+    """
+    if not isinstance(technique, type) or not issubclass(technique, Technique):
+        raise TypeError(f"a technique must be a subclass of qwen3_vl.Technique, got {technique!r}.")
+    missing = [name for name in ("name", "exact") if not hasattr(technique, name)]
+    missing += sorted(getattr(technique, "__abstractmethods__", ()))
+    if missing:
+        raise TypeError(f"{technique.__name__} has no {missing[0]}; a technique has name, exact, apply and revert.")
+    if TECHNIQUES.get(technique.name, technique) is not technique:
+        taken = TECHNIQUES[technique.name].__name__
+        raise ValueError(
+            f"a technique {technique.name!r} exists already ({taken}); give {technique.__name__} another."
+        )
+    TECHNIQUES[technique.name] = technique
+    return technique
 
 
 def techniques_of(named: dict[str, dict | None]) -> list[Technique]:

@@ -1,8 +1,10 @@
 """What every technique is: something applied to a built model and taken off again."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
+
+from .component_interface import ConfigurableComponent
 
 
 def refuse_unknown(name: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -13,7 +15,7 @@ def refuse_unknown(name: str, given: Iterable[str], known: Iterable[str]) -> Non
         raise ValueError(f"{name} has no setting {unknown[0]!r}; it takes {', '.join(known) or 'none'}.")
 
 
-class Technique(ABC):
+class Technique(ConfigurableComponent):
     """Something that makes a model faster or smaller and can be taken off again.
 
     `apply` followed by `revert` leaves the logits bit-identical. A technique for the cache port overrides
@@ -32,7 +34,22 @@ class Technique(ABC):
     excludes: ClassVar[dict[str, str]] = {}
 
     def __init__(self, **settings: Any):
-        self.settings = settings
+        super().__init__(settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the technique was made with, as a profile writes it: `type(technique)(**technique.settings)`."""
+        return self.config
+
+    def configure(self, config: Mapping[str, Any]) -> None:
+        """Takes other settings; those that `config` does not name stay. Not while it is applied.
+
+        Raises:
+            ValueError: for an unknown or invalid setting; the technique is as before.
+        """
+        changed = type(self)(**{**self.settings, **config})
+        vars(self).clear()
+        vars(self).update(vars(changed))
 
     @abstractmethod
     def apply(self, model) -> None:
@@ -41,6 +58,11 @@ class Technique(ABC):
     @abstractmethod
     def revert(self, model) -> None:
         """Undoes `apply`."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why it does nothing any more though it is on, such as a compiler that failed at the first step."""
+        return None
 
     def make_cache(self, model, batch_size: int, max_length: int):
         """A `transformers` `Cache` for `batch_size` rows of at most `max_length` tokens, or `None`."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .orchestrator_optim import UnifiedOptimizationManager
+from .technique_optim import Technique
 
 
 class UnifiedArchitecture:
@@ -37,11 +38,26 @@ class UnifiedArchitecture:
         return cls(model, profile, AutoProcessor.from_pretrained(name_or_path))
 
     def apply(self, profile: Any) -> "UnifiedArchitecture":
-        """Puts another profile on, in the place of the one that is."""
-        self.optimization.revert()
-        self.optimization = UnifiedOptimizationManager(self.model, profile)
-        self.optimization.apply()
+        """Puts another profile on, in the place of the one that is.
+
+        Raises:
+            ValueError: for a profile that cannot be; the one that is stays on.
+        """
+        changed, before, was_on = UnifiedOptimizationManager(self.model, profile), self.optimization, self.techniques
+        before.revert()
+        try:
+            changed.apply()
+        except BaseException:
+            if was_on:
+                before.apply()
+            raise
+        self.optimization = changed
         return self
+
+    @property
+    def techniques(self) -> list[Technique]:
+        """What is on."""
+        return self.optimization.techniques
 
     def revert(self) -> "UnifiedArchitecture":
         """Makes the model the plain one."""

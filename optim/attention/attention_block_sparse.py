@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from .attention_exact import find_history
 from .attention_flex import flex_blocks
-from .attention_kernels import attend_blocks, attend_decode, is_decoding
+from .attention_kernels import attend_blocks, attend_decode, is_decoding, reads_itself
 from .attention_layout import AttentionLayout, check_layout, register_attention
 from .attention_technique import (
     AttentionTechnique,
@@ -98,7 +98,7 @@ def block_sparse_attention(
     Raises:
         ValueError: for a dense mask, dropout, attention weights asked for, or `visual_runs` of another shape.
     """
-    key, value, kv_layer = find_history(key, value, kv_layer, in_pages=True)
+    key, value, kv_layer = find_history(key, value, kv_layer)
     keys = key.shape[2] if kv_layer is None else kv_layer.get_seq_length()
     layout = sparse_layout(NAME, module, query, key, attention_mask, dropout, is_causal, keys, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -108,7 +108,7 @@ def block_sparse_attention(
     block_map = pattern_of(layout, query.shape[2], keys, visual_runs, settings, query.device)
     if is_decoding(query, key.shape[1]) and query.shape[2] <= settings.query_block:
         page_map = None if block_map is None else PageMap(block_map.mask[:, :, 0], block_map.key_block)
-        if page_map is not None and kv_layer is not None and kv_layer.page_view().page_tokens != page_map.page_tokens:
+        if page_map is not None and kv_layer is not None and pages_of(kv_layer) != page_map.page_tokens:
             key, value = kv_layer.dense()
             kv_layer = None
         return attend_decode(query, key, value, layout, scaling, page_map, kv_layer), None
@@ -138,10 +138,17 @@ def sparse_layout(
 
 def attend_listed(query, key, value, layout, scaling: float, block_map: BlockMap | None, kv_layer=None):
     """Attention (B, T, H, D) of many queries to listed blocks, by FlexAttention on a GPU."""
+    if block_map is not None and kv_layer is not None and (query.is_cuda or reads_itself(kv_layer)):
+        key, value = kv_layer.dense()
+        kv_layer = None
     if block_map is not None and query.is_cuda:
-        key, value = (key, value) if kv_layer is None else kv_layer.dense()
         return flex_blocks(query, key, value, layout, scaling, block_map)
     return attend_blocks(query, key, value, layout, scaling, block_map, kv_layer)
+
+
+def pages_of(kv_layer) -> int | None:
+    """Tokens in the pages that a cache layer can be read by, or `None` if it can only be read whole."""
+    return kv_layer.page_tokens if hasattr(kv_layer, "page_scores") else None
 
 
 register_attention(NAME, block_sparse_attention)

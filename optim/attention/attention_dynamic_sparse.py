@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_block_sparse import attend_listed, sparse_layout
+from .attention_block_sparse import attend_listed, pages_of, sparse_layout
 from .attention_exact import find_history
-from .attention_kernels import attend_blocks, attend_decode
+from .attention_kernels import attend_blocks, attend_decode, is_decoding, reads_itself
 from .attention_layout import AttentionLayout, register_attention
 from .attention_technique import AttentionTechnique, attention_modules, settings_of
 from .block_map import BlockMap, PageMap, blocks_of, remembered, require_count
@@ -118,20 +118,22 @@ def dynamic_sparse_attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function behind [`DynamicSparseAttention`].
 
-    Without a cache layer that keeps bounds of its pages, decoding reads every key to find them, which takes longer
-    than exact attention: use a paged cache.
+    Without a cache layer decoding reads every key to find the bounds of pages, which takes longer than exact
+    attention: use a paged or a quantized cache. One that is read in place but has no pages, as the tiered one, is
+    decoded exactly.
 
     Args:
         query (`torch.Tensor`): (B, H, T, D).
         key, value (`torch.Tensor`): (B, HK, S, D); the new tokens alone where `kv_layer` holds the history.
         attention_mask: an [`AttentionLayout`], padding flags (B, S) or `None`.
-        kv_layer (*optional*): a cache layer that is read in place and has `page_scores`, see [`PagedLayer`].
+        kv_layer (*optional*): a cache layer that is read in place, by pages if it has `page_scores`: see
+            [`PagedLayer`] and [`QuantizedLayer`].
     Returns:
         output (B, T, H, D), and `None`.
     Raises:
         ValueError: for a dense mask, dropout, or attention weights asked for.
     """
-    key, value, kv_layer = find_history(key, value, kv_layer, in_pages=True)
+    key, value, kv_layer = find_history(key, value, kv_layer)
     keys = key.shape[2] if kv_layer is None else kv_layer.get_seq_length()
     layout = sparse_layout(NAME, module, query, key, attention_mask, dropout, is_causal, keys, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -149,7 +151,9 @@ dynamic_sparse_attention.reads_cache_layer = True
 def _prefill(query, key, value, layout, scaling, settings: DynamicSparseSettings, keys: int, kv_layer):
     """Attention (B, T, H, D) and what was computed."""
     queries, block_map = query.shape[2], None
-    if layout.query_offset + queries > settings.dense_below_tokens and not settings.computes_everything:
+    # A few rows read packed entries as they are, in less time than it takes to unpack them.
+    in_place = reads_itself(kv_layer) and is_decoding(query, key.shape[1])
+    if layout.query_offset + queries > settings.dense_below_tokens and not settings.computes_everything | in_place:
         if kv_layer is not None:
             key, value = kv_layer.dense()
             kv_layer = None
@@ -182,10 +186,9 @@ def estimate_mass(query, key, layout: AttentionLayout, scaling: float, settings:
 
 def _decode(query, key, value, layout, scaling, settings: DynamicSparseSettings, keys: int, kv_layer):
     """Attention (B, T, H, D), every query with pages of its own, and what was computed for the last one."""
-    queries, page_tokens = query.shape[2], settings.page_tokens
-    if kv_layer is not None:
-        page_tokens = kv_layer.page_view().page_tokens
-    if pages_to_read(layout.query_offset + queries, page_tokens, settings) is None:
+    queries = query.shape[2]
+    page_tokens = settings.page_tokens if kv_layer is None else pages_of(kv_layer)
+    if page_tokens is None or pages_to_read(layout.query_offset + queries, page_tokens, settings) is None:
         output = attend_decode(query, key, value, layout, scaling, None, kv_layer)
         return output, Computed(None, layout, queries, keys)
     if isinstance(settings.decode_share, tuple):
@@ -198,7 +201,8 @@ def _decode(query, key, value, layout, scaling, settings: DynamicSparseSettings,
         kept = pages_to_read(step.query_offset + 1, page_tokens, settings)
         if kept is not None:
             scores = page_scores(own, *bounds) if kv_layer is None else kv_layer.page_scores(own)
-            page_map = select_pages(scores, 1, step, keys, page_tokens, kept, settings.window_tokens)
+            window = max(settings.window_tokens, _tokens_in_full(kv_layer, step.query_offset + 1))
+            page_map = select_pages(scores, 1, step, keys, page_tokens, kept, window)
         outputs.append(attend_decode(own, key, value, step, scaling, page_map, kv_layer))
     return torch.cat(outputs, dim=1), Computed(page_map, step, 1, keys)
 
@@ -213,6 +217,11 @@ def pages_to_read(seen: int, page_tokens: int, settings: DynamicSparseSettings) 
         return kept if min(kept) < pages else None
     kept = max(settings.min_pages, math.ceil(settings.decode_share * pages))
     return kept if kept < pages else None
+
+
+def _tokens_in_full(kv_layer, seen: int) -> int:
+    """The latest of `seen` tokens that are read in any case, since a cache keeps them beside its pages."""
+    return kv_layer.tokens_in_full(seen) if hasattr(kv_layer, "tokens_in_full") else 0
 
 
 def _require_one_each(name: str, shares: tuple, heads: int, kind: str) -> None:
@@ -231,10 +240,11 @@ class DynamicSparseAttention(AttentionTechnique):
     """Computes the blocks of keys that hold most of the attention, chosen by content for each head and query block.
 
     Lossy. For long inputs: up to `dense_below_tokens` everything is computed. Prefill keeps key blocks up to a share
-    of the estimated mass; decoding reads the pages whose bounds promise the highest scores, which is fastest with a
-    paged cache, as that keeps the bounds. Queries of one block choose together, so a query may see other blocks when
-    later tokens of its own block change; tokens of later blocks never matter. The vision tower computes exact
-    attention.
+    of the estimated mass; decoding reads the pages whose bounds promise the highest scores, which needs a cache that
+    keeps the bounds: a paged one, or a quantized one, whose scales are bounds. Over a cache that is read in place but
+    not by pages, as the tiered one, decoding is exact. Queries of one block choose together, so a query may see other
+    blocks when later tokens of its own block change; tokens of later blocks never matter. The vision tower computes
+    exact attention.
 
     Sources: MInference 1.0 (arXiv 2407.02490) and XAttention (arXiv 2503.16428) for prefill, without their offline
     search for a pattern or a threshold per head; Quest (arXiv 2406.10774) for decoding, with one choice for the

@@ -64,20 +64,17 @@ def exact_attention_forward(
 exact_attention_forward.reads_cache_layer = True
 
 
-def find_history(key: torch.Tensor, value: torch.Tensor, kv_layer, in_pages: bool = False):
+def find_history(key: torch.Tensor, value: torch.Tensor, kv_layer):
     """Where a call finds its keys and values.
 
     Args:
         key, value (`torch.Tensor`): (B, HK, S, D), what the cache gave back.
         kv_layer (*optional*): a cache layer to read in place; see [`update_cache`].
-        in_pages (`bool`): whether the caller reads nothing but pages; other layers are gathered for it.
     Returns:
         keys, values, and the layer that holds more than those, or `None`.
     """
     if kv_layer is None or kv_layer.get_seq_length() <= key.shape[2]:
         return key, value, None
-    if in_pages and not hasattr(kv_layer, "page_view"):
-        return *kv_layer.dense(), None
     return key, value, kv_layer
 
 

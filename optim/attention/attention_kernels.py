@@ -39,12 +39,13 @@ def attend_decode(
         layout (`AttentionLayout`, *optional*): what a query may see; `None` for everything.
         page_map (`PageMap`, *optional*): the pages that each KV head reads; with `kv_layer`, of its page size.
         kv_layer (*optional*): a cache layer that holds the history: with `page_view` and `dense`, or with
-            `attend(query, layout, scaling)`, which then does the whole.
+            `attend(query, layout, scaling)`, which then does the whole and takes a `page_map` if it has `page_scores`.
     Returns:
         (B, T, H, D); zeros for queries that see nothing.
     """
-    if reads_itself(kv_layer) and page_map is None:
-        return kv_layer.attend(query, layout, scaling)
+    if reads_itself(kv_layer):
+        chosen = {} if page_map is None else {"page_map": page_map}
+        return kv_layer.attend(query, layout, scaling, **chosen)
     if supports(query, key, value) and query.shape[-1] % 16 == 0 and (layout is None or layout.segments is None):
         view = None if kv_layer is None else kv_layer.page_view()
         if page_map is not None:

@@ -50,6 +50,7 @@ class AdaptiveSparse(Technique):
 
     name = "adaptive_sparse"
     exact = False
+    role = "attention"
 
     def __init__(self, config=None, target_mass: float = 0.95, budgets: Mapping | None = None, **settings: Any):
         if isinstance(target_mass, bool) or not isinstance(target_mass, float) or not 0 < target_mass < 1:

@@ -1,13 +1,13 @@
 """What the cache classes of this room share: checks, conversions, and what follows a cache into its copy."""
 
-from functools import cache as remember_result
 from typing import ClassVar
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..technique_optim import Technique
+from .cache_front import fronts_of, put_in_front
 
 
 # What models of this package note on a cache under such names belongs to the conversation, whatever holds it.
@@ -22,6 +22,53 @@ class NoPickle:
             f"{type(self).__name__} cannot be pickled, since its pages live in a pool of this process; "
             "pickle what the cache's to_dynamic() gives instead, or use copy.deepcopy."
         )
+
+
+class HistoryLayer(CacheLayerMixin):
+    """A layer that holds all tokens that it has seen in a form of its own, which attention functions read in place.
+
+    `keys` and `values` stay `None`. Classes bring `update`, `dense`, `attend` or `page_view`, `get_seq_length`,
+    `batch_select_indices`, `reset`, and `_crop_to`, which keeps the first tokens, at least one and not all.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    @property
+    def reader(self):
+        """What an attention function reads in place of a dense history."""
+        return self
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @torch.compiler.disable
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the newest tokens of all rows, given as a negative count; 0 does nothing.
+
+        Raises:
+            ValueError: for a positive count.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative count of tokens to drop, got {tokens_to_remove}.")
+        if not tokens_to_remove or not self.get_seq_length():
+            return
+        length = self.get_seq_length() + tokens_to_remove
+        if length <= 0:
+            self.reset()
+        else:
+            self._crop_to(length)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def _require_content(self) -> None:
+        if not self.get_seq_length():
+            raise ValueError("the layer holds no tokens yet; call update() first.")
 
 
 class HistoryCache(Cache):
@@ -178,16 +225,10 @@ def row_numbers(indices, rows: int) -> np.ndarray:
 
 
 def with_notes(target: Cache, source: Cache) -> Cache:
-    """Takes over what a model noted on `source`, as M-RoPE positions, and the class that moves it with the rows."""
+    """Takes over what a model noted on `source`, as M-RoPE positions, and the classes in front that look after it."""
     for name, note in vars(source).items():
         if name.startswith(NOTE_PREFIX):
             setattr(target, name, note)
-    follower = next((base for base in type(source).__mro__ if "positions_follow_rows" in vars(base)), None)
-    if follower is not None:
-        target.__class__ = _put_in_front(follower, type(target))
+    for front in fronts_of(source):
+        put_in_front(front, target)
     return target
-
-
-@remember_result
-def _put_in_front(follower: type, cache_class: type) -> type:
-    return type(cache_class.__name__, (follower, cache_class), {"__module__": cache_class.__module__})

@@ -8,13 +8,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from ..attention.page_scores import page_scores, pooled_page_scores
 from ..technique_optim import refuse_unknown
 from .cache_common import (
     CacheTechnique,
     CroppingCache,
+    HistoryLayer,
     HistoryWithoutGradient,
     NoPickle,
     count_full_attention,
@@ -25,7 +25,7 @@ from .cache_common import (
 from .memory_pool import MemoryPool, PageBlock, PagePools, PageView, page_blocks, page_runs, require_positive
 
 
-class PagedLayer(NoPickle, CacheLayerMixin):
+class PagedLayer(NoPickle, HistoryLayer):
     """Keys and values of one decoder layer in pages of a pool.
 
     Rows that were repeated or reordered share pages, and a page that is shared is copied when a row appends to it. An
@@ -35,10 +35,6 @@ class PagedLayer(NoPickle, CacheLayerMixin):
         pools (`MemoryPool` or `PagePools`, *optional*): where pages come from; by default pools of its own.
         max_tokens (`int`, *optional*): the most tokens that a row may hold.
     """
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
 
     def __init__(self, pools: MemoryPool | PagePools | None = None, max_tokens: int | None = None):
         super().__init__()
@@ -92,9 +88,9 @@ class PagedLayer(NoPickle, CacheLayerMixin):
         return tuple(states[:, :, : self._length] for states in gathered)
 
     @property
-    def reader(self) -> "PagedLayer":
-        """What an attention function reads in place of a dense history."""
-        return self
+    def page_tokens(self) -> int:
+        """Tokens in a page."""
+        return self.pool.page_tokens
 
     @torch.compiler.disable
     def page_view(self) -> PageView:
@@ -144,35 +140,14 @@ class PagedLayer(NoPickle, CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self._length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._length + query_length, 0
-
     def get_max_length(self) -> int:
         return -1 if self.max_tokens is None else self.max_tokens
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drops the newest tokens of all rows, given as a negative count; 0 does nothing.
-
-        Raises:
-            ValueError: for a positive count.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative count of tokens to drop, got {tokens_to_remove}.")
-        if not tokens_to_remove or not self._length:
-            return
-        if self._length + tokens_to_remove <= 0:
-            self.reset()
-            return
-        self._drop_after(self._length + tokens_to_remove)
 
     def reset(self) -> None:
         """Drops everything and gives the pages back to the pool."""
         if self.pool is not None:
             self.pool.release(self._table)
         self._forget()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices` (rows,), as numbers or flags; a row may occur several times.
@@ -230,20 +205,16 @@ class PagedLayer(NoPickle, CacheLayerMixin):
         if self._length:
             require_rows(rows, len(self._table))
 
-    def _require_content(self) -> None:
-        if not self._length:
-            raise ValueError("the layer holds no tokens yet; call update() first.")
-
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._make_room(keys.shape[0], keys.shape[2])
         try:
             self._write(keys, values)
         except BaseException:
-            self._drop_after(self._length)
+            self._crop_to(self._length)
             raise
         self._length += keys.shape[2]
 
-    def _drop_after(self, length: int) -> None:
+    def _crop_to(self, length: int) -> None:
         self._length = length
         pages = -(-length // self.pool.page_tokens)
         if pages < self._table.shape[1]:

@@ -52,8 +52,10 @@ class PrefixCache(Technique):
 
     `generate()` of a model that it is applied to takes a prefix, and keeps the request when it is done, if it chooses
     the cache itself: not with `past_key_values`, `use_cache=False`, `cache_implementation`, embeddings as inputs,
-    assisted decoding, autocast, or a technique that drops visual tokens by the prompt. Of a beam search the prompt is
-    kept. When a weight, an adapter or the attention changes, all is dropped (see [`ModelFingerprint`]).
+    assisted decoding, autocast, or a technique that drops visual tokens by the prompt. Of a beam search the prompt
+    is kept. Beside another cache of a profile this one comes first, and holds keys and values in the model's
+    precision; what it cannot take is left to the other. When a weight, an adapter or the attention changes, all is
+    dropped (see [`ModelFingerprint`]).
 
     May be used without being applied, also with a loop of one's own:
 
@@ -75,6 +77,7 @@ class PrefixCache(Technique):
 
     name = "prefix_cache"
     exact = True
+    excludes = {"compiled_decode": "a compiled graph takes caches of fixed shape, and a prefix is in pages"}
 
     def __init__(
         self,
@@ -299,6 +302,8 @@ class PrefixCache(Technique):
 
 def _plans_visual_tokens(model) -> bool:
     """Whether a technique drops visual tokens, for which it may look at the whole prompt."""
+    if getattr(model.base_model, "visual_reduction", None) is not None:
+        return True
     overridden = (type(technique).plan_visual_tokens for technique in getattr(model, "active_techniques", ()))
     return any(plan is not Technique.plan_visual_tokens for plan in overridden)
 

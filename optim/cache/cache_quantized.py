@@ -3,7 +3,9 @@
 Sources: KIVI (Liu et al., arXiv 2402.02750) and QuaRot (Ashkboos et al., arXiv 2404.00456); see `quantized_layer.py`.
 """
 
+from dataclasses import fields
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,6 +14,9 @@ from .cache_common import CacheTechnique, CroppingCache, count_full_attention
 from .kv_quantization import QuantizedSettings, quantized_bytes
 from .memory_pool import PagePools
 from .quantized_layer import QuantizedLayer
+
+
+SETTINGS = tuple(field.name for field in fields(QuantizedSettings))
 
 
 class QuantizedKVCache(CroppingCache):
@@ -83,7 +88,7 @@ class QuantizedCache(CacheTechnique):
 
     Args:
         config: taken and not needed, as all techniques may be given the model's.
-        bits, group_size, residual_tokens, rotate: of the cache.
+        settings: `bits`, `group_size`, `residual_tokens` and `rotate`, as of the cache.
     Raises:
         ValueError: for settings out of range or unknown ones.
     """
@@ -92,16 +97,7 @@ class QuantizedCache(CacheTechnique):
     exact = False
     cache_class = QuantizedKVCache
 
-    def __init__(
-        self,
-        config=None,
-        bits: int = 4,
-        group_size: int = 64,
-        residual_tokens: int = 128,
-        rotate: bool = False,
-        **unknown,
-    ):
-        settings = {"bits": bits, "group_size": group_size, "residual_tokens": residual_tokens, "rotate": rotate}
-        refuse_unknown(self.name, unknown, settings)
-        super().__init__(**settings)
+    def __init__(self, config=None, **settings: Any):
+        refuse_unknown(self.name, settings, SETTINGS)
         QuantizedSettings(**settings)
+        super().__init__(**settings)

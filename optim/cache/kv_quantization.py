@@ -182,6 +182,16 @@ def dequantize_values(records: torch.Tensor, form: PackedFormat, dtype: torch.dt
     return values
 
 
+def packed_key_bounds(records: torch.Tensor, form: PackedFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and largest key that each channel of a page can hold, (..., head_dim) float32, without its codes.
+
+    Args:
+        records (`torch.Tensor`): (..., record_bytes), of keys; bounds are of rotated keys where those were packed.
+    """
+    _, scale, zero = record_parts(records, form, form.head_dim)
+    return zero.float(), zero.float() + form.levels * scale.float()
+
+
 def record_parts(records: torch.Tensor, form: PackedFormat, parameters: int):
     """Packed codes, and the `parameters` scales and zeros in bfloat16, of records (..., record_bytes)."""
     packed = records[..., : form.packed_bytes]

@@ -7,21 +7,18 @@ beams and copies share them, and what a query reads depends on its position alon
 
 import weakref
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
 
 import numpy as np
 import torch
-from transformers.cache_utils import CacheLayerMixin
+from torch.nn import functional
 
-from ..attention.blocks_plain import plain_blocks
-from ..native.native_quantized import native_quantized_decode, supports_quantized
-from .cache_common import HistoryWithoutGradient, NoPickle, require_alike, require_rows, row_numbers
+from ..attention.block_map import blocks_of
+from ..attention.blocks_plain import plain_blocks, plain_decode
+from .cache_common import HistoryLayer, HistoryWithoutGradient, NoPickle, require_alike, require_rows, row_numbers
 from .kv_quantization import (
     ROLLBACK_TOKENS,
     PackedFormat,
     QuantizedSettings,
-    dequantize_keys,
-    dequantize_values,
     hadamard,
     kept_tokens,
     quantize_keys,
@@ -30,13 +27,7 @@ from .kv_quantization import (
     rotate_states,
 )
 from .memory_pool import PagePools
-from .quantized_reading import attend_piece_by_piece, attend_to_records, attend_to_states, merge_parts
-
-
-# Query rows of a KV head up to which one pass over the packed bytes is faster than unpacking them for many rows.
-DECODE_ROWS = 32
-# Tokens that are packed or unpacked at once.
-PIECE_TOKENS = 1024
+from .packed_history import PackedHistory, pieces_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ class _State:
 _EMPTY = _State(0, np.empty((0, 0), dtype=np.int32), 0, None)
 
 
-class QuantizedLayer(NoPickle, CacheLayerMixin):
+class QuantizedLayer(NoPickle, HistoryLayer):
     """Keys and values of one decoder layer, packed but for the newest tokens.
 
     A query at position p reads packed those of the tokens up to p that fill whole pages of `group_size`, the newest
@@ -74,10 +65,6 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
         settings (`QuantizedSettings`, *optional*): bits, groups, window and rotation.
         pools (`PagePools`, *optional*): where pages come from, with pages of `group_size`; by default its own.
     """
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
 
     def __init__(self, settings: QuantizedSettings | None = None, pools: PagePools | None = None):
         super().__init__()
@@ -137,47 +124,66 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
         self._require_content()
         return self._dense(self._packed)
 
-    @property
-    def reader(self) -> "QuantizedLayer":
-        """What an attention function reads in place of a dense history."""
-        return self
-
     @torch.compiler.disable
-    def attend(self, query: torch.Tensor, layout, scaling: float) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, layout, scaling: float, page_map=None) -> torch.Tensor:
         """Attention of the newest tokens to all, without unpacking more than a piece of the history.
 
         Args:
             query (`torch.Tensor`): (B, H, T, D).
             layout (`AttentionLayout`, *optional*): what a query may see; `None` for everything.
             scaling (`float`): factor on the scores.
+            page_map (`PageMap`, *optional*): the pages of `page_tokens` that each KV head reads, all by default; what
+                a query does not read packed it reads in any case.
         Returns:
             (B, T, H, D); zeros for queries that see nothing.
         Raises:
             ValueError: if the layer holds nothing.
         """
         self._require_content()
+        if page_map is not None:
+            self._require_pages(page_map)
         if layout is not None and layout.segments is not None:
-            return plain_blocks(query, *self.dense(), layout, scaling)
+            keys, values = self.dense()
+            if page_map is not None:
+                return plain_decode(query, keys, values, layout, scaling, page_map)
+            return plain_blocks(query, keys, values, layout, scaling)
         tail = [None if states is None else states() for states in self._at_hand or ()]
         if tail and all(states is not None for states in tail):
-            return self._attend(query, layout, scaling, self._state.length - tail[0].shape[2], tail)
+            packed = self._state.length - tail[0].shape[2]
+            return self._history(packed).attend(query, layout, scaling, tail, page_map)
         if layout is None:
-            return self._attend(query, None, scaling, self._packed, self._newest_from(self._packed))
+            newest = self._newest_from(self._packed)
+            return self._history(self._packed).attend(query, None, scaling, newest, page_map)
         parts = []
         for start, stop, packed in self._runs(layout.query_offset, query.shape[2]):
             own = replace(layout, query_offset=layout.query_offset + start)
-            part = query[:, :, start:stop]
-            parts.append(self._attend(part, own, scaling, packed, self._newest_from(packed)))
+            part, newest = query[:, :, start:stop], self._newest_from(packed)
+            parts.append(self._history(packed).attend(part, own, scaling, newest, page_map))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens in a page."""
+        return self.settings.group_size
+
+    @torch.compiler.disable
+    def page_scores(self, query: torch.Tensor) -> torch.Tensor:
+        """How high the keys of each page can score for `query` (B, H, T, D): (B, KV heads, pages), before scaling.
+
+        Pages that are not packed get 0.
+        Raises:
+            ValueError: if the layer holds nothing.
+        """
+        self._require_content()
+        scores = self._history(self._packed).page_scores(query)
+        return functional.pad(scores, (0, blocks_of(self._state.length, self.page_tokens) - scores.shape[-1]))
+
+    def tokens_in_full(self, seen: int) -> int:
+        """The latest of `seen` tokens that the last of them does not read packed."""
+        return seen - self._read_packed(seen)
 
     def get_seq_length(self) -> int:
         return self._state.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._state.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
     @property
     def held_bytes(self) -> int:
@@ -187,20 +193,8 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
         windows = {id(x.newest): x.newest.nbytes for x in (self._state, self._before) if x is not None and x.length}
         return len(np.unique(self._state.table)) * self.pool.page_bytes + sum(windows.values())
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drops the newest tokens of all rows, given as a negative count; 0 does nothing.
-
-        Raises:
-            ValueError: for a positive count.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative count of tokens to drop, got {tokens_to_remove}.")
-        state, length = self._state, self._state.length + tokens_to_remove
-        if not tokens_to_remove or not state.length:
-            return
-        if length <= 0:
-            self.reset()
-            return
+    def _crop_to(self, length: int) -> None:
+        state = self._state
         packed = min(self._packed, self.settings.quantized(length))
         table = state.table[:, : packed // self.settings.group_size].copy()
         if self._before is not None and self._before.length == length:
@@ -208,7 +202,7 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
         elif state.first <= packed:
             kept = _State(length, table, state.first, state.newest)
         else:
-            unpacked = torch.stack(self._unpack(packed, state.first))
+            unpacked = torch.stack(self._history(self._packed).unpack(packed, state.first, self.dtype))
             known = torch.cat((unpacked, state.newest[:, :, :, : max(0, length - state.first)]), 3)
             kept = _State(length, table, packed, self._window(known[:, :, :, : length - packed]))
         self.pool.release(state.table[:, kept.table.shape[1] :])
@@ -232,9 +226,6 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
             raise
         if state.length:
             self.pool.release(state.table)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices` (rows,), as numbers or flags; a row may occur several times.
@@ -281,9 +272,14 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
         """Tokens in packed pages, some of which may be among the newest too."""
         return self._state.table.shape[1] * self.settings.group_size
 
-    def _require_content(self) -> None:
-        if not self._state.length:
-            raise ValueError("the layer holds no tokens yet; call update() first.")
+    def _require_pages(self, page_map) -> None:
+        if page_map.page_tokens != self.page_tokens:
+            raise ValueError(
+                f"a page map of {page_map.page_tokens} tokens a page does not fit a cache of {self.page_tokens}; make "
+                "both of the same page size."
+            )
+        rows, (heads, dim) = self._state.newest.shape[1], self._shape
+        page_map.check(self._state.newest.new_empty(()).expand(rows, heads, self._state.length, dim))
 
     def _require_fit(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         require_alike(keys, values)
@@ -311,9 +307,9 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
         except BaseException:
             self.pool.release(fresh)
             raise
-        table = np.concatenate((state.table, fresh), 1) if state.table.size else fresh
         undo = state if new > ROLLBACK_TOKENS and state.length else None
         if fresh.size or not state.length:
+            table = np.concatenate((state.table, fresh), 1) if state.table.size else fresh
             self._set(_State(length, table, first, newest), undo)
         else:  # the usual step
             self._state, self._before = _State(length, state.table, first, newest), undo
@@ -322,10 +318,11 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
         """Packs tokens up to `packed` into new pages, (B, pages)."""
         group, rows = self.settings.group_size, len(states[0])
         start = state.table.shape[1] * group
+        if packed == start:
+            return np.empty((rows, 0), dtype=np.int32)
         pages = self.pool.allocate(rows * (packed - start) // group).reshape(rows, -1)
         try:
-            for begin in range(start, packed, PIECE_TOKENS):
-                end = min(packed, begin + PIECE_TOKENS)
+            for begin, end in pieces_of(start, packed, self.form):
                 index = pages[:, (begin - start) // group : (end - start) // group].reshape(-1)
                 self._write(torch.from_numpy(index).long().to(self.device), _between(state, states, begin, end))
         except BaseException:
@@ -376,62 +373,33 @@ class QuantizedLayer(NoPickle, CacheLayerMixin):
 
     def _runs(self, offset: int, queries: int) -> list[tuple[int, int, int]]:
         """Neighbouring queries that read the same tokens packed: first, end, and how many tokens those are."""
-        positions = np.arange(offset + 1, offset + queries + 1)
-        group, window = self.settings.group_size, self.settings.residual_tokens
-        packed = np.maximum(0, positions - window) // group * group
-        packed = packed.clip(self._state.first if self._packed else 0, self._packed)
-        edges = [0, *(np.flatnonzero(np.diff(packed)) + 1).tolist(), queries]
-        return [(start, stop, int(packed[start])) for start, stop in pairwise(edges)]
+        runs, start = [], 0
+        while start < queries:
+            packed = self._read_packed(offset + start + 1)
+            grows = packed + self.page_tokens + self.settings.residual_tokens - offset - 1
+            stop = queries if packed == self._packed else min(queries, grows)
+            runs.append((start, stop, packed))
+            start = stop
+        return runs
 
-    def _attend(self, query, layout, scaling: float, packed: int, tail) -> torch.Tensor:
-        """Attention to the first `packed` tokens, in pages, and to `tail`, the keys and values that follow."""
-        rows = query.shape[1] // self._shape[0] * query.shape[2]
-        if rows <= DECODE_ROWS and supports_quantized(query, *tail, self.form.value_groups):
-            turned = rotate_states(query) if self.settings.rotate else None
-            table, storages = self._device_table(packed), (self.pool.keys, self.pool.values)
-            return native_quantized_decode(query, *storages, table, self.form, tail, layout, scaling, turned)
-        if rows > DECODE_ROWS:
-            pieces = ((begin, self._unpack(begin, end)) for begin, end in _pieces(0, packed))
-            return attend_piece_by_piece(query, pieces, (packed, tail), layout, scaling)
-        last = attend_to_states(query, *tail, layout, scaling, packed)
-        return merge_parts(chain(self._packed_parts(query, layout, scaling, packed), (last,)), query)
+    def _read_packed(self, seen: int) -> int:
+        """How many of `seen` tokens the last of them reads packed."""
+        return min(max(self.settings.quantized(seen), self._state.first), self._packed)
 
-    def _packed_parts(self, query, layout, scaling: float, packed: int):
-        """Attention to each piece of the first `packed` tokens, with its log-sum-exp."""
-        query = (rotate_states(query) if self.settings.rotate else query.float()) * scaling
-        for begin, end in _pieces(0, packed):
-            valid = None if layout is None or layout.valid is None else layout.valid[:, begin:end]
-            yield attend_to_records(query, *self._records(begin, end), self.form, valid)
-
-    def _device_table(self, packed: int) -> torch.Tensor:
+    def _history(self, packed: int) -> PackedHistory:
+        """The first `packed` tokens."""
         if self._table is None:
             self._table = torch.from_numpy(self._state.table).to(self.device)
-        return self._table[:, : packed // self.settings.group_size]
-
-    def _records(self, begin: int, end: int) -> list[torch.Tensor]:
-        """Records of keys and values (B, pages, KV heads, record) of the packed tokens `begin` up to `end`."""
-        group = self.settings.group_size
-        pages = self._device_table(self._packed)[:, begin // group : end // group]
-        return [
-            storage.index_select(0, pages.reshape(-1)).view(*pages.shape, self._shape[0], -1)
-            for storage in (self.pool.keys, self.pool.values)
-        ]
-
-    def _unpack(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, KV heads, tokens, D) of the packed tokens `begin` up to `end`."""
-        keys, values = (records.transpose(1, 2) for records in self._records(begin, end))
-        keys, values = dequantize_keys(keys, self.form), dequantize_values(values, self.form)
-        if self.settings.rotate:
-            keys = rotate_states(keys)
-        return tuple(states.flatten(2, 3).to(self.dtype) for states in (keys, values))
+        return PackedHistory(self.pool, self.form, self.settings.rotate, self._table[:, : packed // self.page_tokens])
 
     def _dense(self, packed: int, tail=None) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole history, of which the first `packed` tokens are unpacked and `tail` is the rest."""
         tail = self._newest_from(packed) if tail is None else tail
         shape = (tail[0].shape[0], self._shape[0], packed + tail[0].shape[2], self._shape[1])
         out = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in tail]
-        for begin, end in _pieces(0, packed):
-            for whole, part in zip(out, self._unpack(begin, end), strict=True):
+        history = self._history(packed)
+        for begin, end in pieces_of(0, packed, self.form):
+            for whole, part in zip(out, history.unpack(begin, end, self.dtype), strict=True):
                 whole[:, :, begin:end] = part
         for whole, part in zip(out, tail, strict=True):
             whole[:, :, packed:] = part
@@ -466,7 +434,3 @@ def _between(state: _State, states: tuple[torch.Tensor, torch.Tensor], begin: in
         return new
     kept = state.newest[:, :, :, begin - state.first : min(end, old) - state.first]
     return kept if end <= old else torch.cat((kept, new), 3)
-
-
-def _pieces(begin: int, end: int) -> list[tuple[int, int]]:
-    return [(start, min(end, start + PIECE_TOKENS)) for start in range(begin, end, PIECE_TOKENS)]

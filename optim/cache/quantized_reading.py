@@ -95,26 +95,25 @@ def _attend_at_once(query, keys, values, layout, scaling: float, first: int):
 
 
 def attend_to_records(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, form: PackedFormat, valid: torch.Tensor | None
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, form: PackedFormat, seen: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As [`attend_to_states`], for packed pages that all queries see, without unpacking them.
+    """As [`attend_to_states`], for packed pages that all queries of a KV head see, without unpacking them.
 
     Args:
         query (`torch.Tensor`): (B, H, T, D) float32, scaled, and rotated if the keys are.
         keys, values (`torch.Tensor`): records (B, pages, KV heads, record).
-        valid (`torch.Tensor`, *optional*): (B, tokens of these pages) boolean.
+        seen (`torch.Tensor`, *optional*): (B, pages, KV heads or 1, tokens or 1) boolean.
     """
-    batch, pages, kv_heads = keys.shape[:3]
-    rows = query.reshape(batch, 1, kv_heads, -1, query.shape[-1])
+    rows = query.reshape(len(keys), 1, keys.shape[2], -1, query.shape[-1])
     packed, scale, zero = record_parts(keys, form, form.head_dim)
     scores = multiply_codes(rows * scale[..., None, :], packed, form)
     scores = scores + (rows @ zero.float().unsqueeze(-1))  # (B, pages, KV heads, rows, tokens)
-    if valid is not None:
-        scores = scores.masked_fill(~valid.view(batch, pages, 1, 1, -1), NOTHING)
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, :, :, None], NOTHING)
     peak = scores.amax((1, 4), keepdim=True)
     weights = (scores - peak).exp()
-    if valid is not None:
-        weights = weights * valid.view(batch, pages, 1, 1, -1)
+    if seen is not None:
+        weights = weights * seen[:, :, :, None]
 
     groups = form.value_groups
     packed, scale, zero = record_parts(values, form, groups * form.group_size)

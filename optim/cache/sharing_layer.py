@@ -305,10 +305,10 @@ class SharingLayer(PagedLayer):
         self._set_table(np.concatenate((self._table[:, :last], own[:, None]), axis=1))
         self._records.drop_after(last)
 
-    def _drop_after(self, length: int) -> None:
+    def _crop_to(self, length: int) -> None:
         if self._records is not None:
             self._records.drop_after(-(-length // self.pool.page_tokens))
-        super()._drop_after(length)
+        super()._crop_to(length)
 
     def _take_rows(self, rows: np.ndarray) -> None:
         super()._take_rows(rows)

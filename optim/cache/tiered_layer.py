@@ -4,10 +4,9 @@ import copy
 from dataclasses import dataclass, replace
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
-from .cache_common import HistoryWithoutGradient, require_alike, row_numbers
+from .cache_common import HistoryLayer, HistoryWithoutGradient, require_alike, row_numbers
 from .tier_reading import OBSERVED_QUERIES, Reading
 from .tier_segments import (
     HOT,
@@ -50,7 +49,7 @@ class TieredState:
     use: torch.Tensor | None = None
 
 
-class TieredLayer(StaysHere, CacheLayerMixin):
+class TieredLayer(StaysHere, HistoryLayer):
     """Keys and values of one decoder layer, in tiers; see [`TieredKVCache`]. Nothing is ever dropped.
 
     A call that fails changes nothing. `keys` and `values` stay `None`: use `attend` or `dense`.
@@ -59,10 +58,6 @@ class TieredLayer(StaysHere, CacheLayerMixin):
         tiers (`Tiers`): shared with the other layers.
         index (`int`): of this layer.
     """
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
 
     def __init__(self, tiers: Tiers, index: int):
         super().__init__()
@@ -136,11 +131,6 @@ class TieredLayer(StaysHere, CacheLayerMixin):
         self._for_each_part(copy_part, fresh)
         return whole
 
-    @property
-    def reader(self) -> "TieredLayer":
-        """What an attention function reads in place of a dense history."""
-        return self
-
     @torch.compiler.disable
     def attend(self, query: torch.Tensor, layout, scaling: float) -> torch.Tensor:
         """Attention of `query` to all tokens, of which one segment at a time is unpacked or read back.
@@ -188,28 +178,8 @@ class TieredLayer(StaysHere, CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.state.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.state.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    @torch.compiler.disable
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drops the newest tokens of all rows, given as a negative count; 0 does nothing. The others read as before.
-
-        Raises:
-            ValueError: for a positive count.
-            TierFileError: if the segment that is cut cannot be read back; nothing changes then.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative count of tokens to drop, got {tokens_to_remove}.")
-        if not tokens_to_remove or not self.state.length:
-            return
-        length = self.state.length + tokens_to_remove
-        if length <= 0:
-            self.reset()
-            return
+    def _crop_to(self, length: int) -> None:
+        """The tokens that stay read as before; if the segment that is cut cannot be read back, nothing changes."""
         state, whole, rest = self.state, length // self.size, length % self.size
         tail = state.tail
         if whole < len(state.segments):
@@ -226,9 +196,6 @@ class TieredLayer(StaysHere, CacheLayerMixin):
         self._forget()
         if self.tiers.storage is not None:
             self.tiers.storage.collect()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices` (rows,), as numbers or flags; a row may occur several times.
@@ -295,10 +262,6 @@ class TieredLayer(StaysHere, CacheLayerMixin):
                     "batch and model, or move its rows with batch_select_indices or batch_repeat_interleave first."
                 )
         self._limits(keys.shape[0])
-
-    def _require_content(self) -> None:
-        if not self.state.length:
-            raise ValueError("the layer holds no tokens yet; call update() first.")
 
     def _cost(self, rows: int, tier: int) -> int:
         return payload_bytes(rows, self.heads, self.size, self.head_dim, self.dtype.itemsize, tier)

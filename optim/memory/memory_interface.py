@@ -1,17 +1,20 @@
 """The interface of whatever hands out memory and takes it back."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
+from ..component_interface import ConfigurableComponent
 
-class MemoryManager(ABC):
+
+class MemoryManager(ConfigurableComponent):
     """Base of memory managers, of this package and of its users.
 
     Args:
         config (*optional*): whatever the manager is configured by; kept as `self.config`.
     """
 
-    def __init__(self, config: Any = None):
+    def configure(self, config: Any) -> None:
+        """Takes another configuration; what is handed out stays."""
         self.config = config
 
     @abstractmethod

@@ -32,7 +32,9 @@ class _Call(ctypes.Structure):
         *((name, _POINTER) for name in ("valid", "segments", "map")),
         *((name, _LONG) for name in ("map_b", "map_h", "map_row")),
         ("table", _POINTER),
-        *((name, _LONG) for name in ("table_b", "page_tokens")),
+        ("table_b", _LONG),
+        ("places", _POINTER),
+        ("page_tokens", _LONG),
         *((name, _LONG) for name in (*_SIZES, *_OPTIONS)),
         ("scaling", ctypes.c_float),
     ]
@@ -74,18 +76,24 @@ def native_decode(query, key, value, layout, scaling: float, page_map=None, view
         (B, T, H, D); zeros for queries that see nothing.
     """
     call, out, keep = prepare_call(query, key, value, layout, scaling, view)
-    if page_map is not None:
-        flags = page_map.mask.contiguous()
-        keep.append(flags)
-        call.map, call.map_b, call.map_h = flags.data_ptr(), *(_step(flags, axis) for axis in (0, 1))
-        call.page_tokens = page_map.page_tokens
+    keep.append(flag_pages(call, page_map))
     run_kernel(kernels().qwen3_vl_decode, call)
     return out
 
 
-def native_blocks(query, key, value, layout, scaling: float, block_map=None, view=None) -> torch.Tensor:
-    """Many queries, tile by tile; blocks that `block_map` leaves out are not computed. Arguments as above, any D."""
+def native_blocks(
+    query, key, value, layout, scaling: float, block_map=None, view=None, places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Many queries, tile by tile; blocks that `block_map` leaves out are not computed. Arguments as above, any D.
+
+    With `places` (B, T), int64 and rising in each row, query t stands at key `places[:, t]`, whatever the offset of
+    the layout is.
+    """
     call, out, keep = prepare_call(query, key, value, layout, scaling, view)
+    if places is not None:
+        places = places.contiguous()
+        keep.append(places)
+        call.places = places.data_ptr()
     if block_map is not None:
         flags = block_map.mask.contiguous()
         keep.append(flags)
@@ -114,6 +122,16 @@ def native_page_scores(
     sizes = (_LONG(size) for size in (batch, heads, kv_heads, queries, pages, dim))
     kernels().qwen3_vl_page_scores(*pointers, *strides, *sizes, torch.get_num_threads(), query.dtype == torch.bfloat16)
     return out
+
+
+def flag_pages(call: _Call, page_map) -> torch.Tensor | None:
+    """Has a call read the pages of a `PageMap`, if there is one; returns what has to live as long as the call."""
+    if page_map is None:
+        return None
+    flags = page_map.mask.contiguous()
+    call.map, call.map_b, call.map_h = flags.data_ptr(), *(_step(flags, axis) for axis in (0, 1))
+    call.page_tokens = page_map.page_tokens
+    return flags
 
 
 def _step(flags: torch.Tensor, axis: int) -> int:

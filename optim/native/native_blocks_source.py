@@ -193,17 +193,22 @@ static inline void store_probs(bf16 *to, v16 p) {
 #endif
 }
 
+// The key at which a query stands, which is the last that it may see.
+static inline int64_t place(const Call &c, int64_t b, int64_t query) {
+  return c.places ? c.places[b * c.queries + query] : c.offset + query;
+}
+
 // Hides keys [start, start + count) that row `query` may not see.
 static void hide(const Call &c, int64_t b, int64_t query, int64_t start, int count, int columns, float *scores) {
-  int64_t visible = c.causal ? std::min<int64_t>(count, c.offset + query + 1 - start) : count;
+  int64_t visible = c.causal ? std::min<int64_t>(count, place(c, b, query) + 1 - start) : count;
   for (int64_t n = std::max<int64_t>(0, visible); n < columns; n++) scores[n] = NEG;
   if (c.valid) {
     const uint8_t *valid = c.valid + b * c.keys + start;
     for (int64_t n = 0; n < visible; n++) scores[n] = valid[n] ? scores[n] : NEG;
   }
   if (c.segments) {
-    const int32_t *segment = c.segments + b * c.keys;
-    for (int64_t n = 0; n < visible; n++) scores[n] = segment[start + n] == segment[query] ? scores[n] : NEG;
+    const int32_t *segment = c.segments + b * c.keys, own = segment[c.places ? place(c, b, query) : query];
+    for (int64_t n = 0; n < visible; n++) scores[n] = segment[start + n] == own ? scores[n] : NEG;
   }
 }
 
@@ -225,7 +230,8 @@ static void attend_key_tile(const Call &c, Workspace<P> &w, int64_t b, int64_t k
     for (int i = r; i < r + ROWS; i++) {
       float *row = w.scores + i * columns;
       int64_t query = first_query + std::min(i, rows - 1);
-      if (!whole || (c.causal && start + count > c.offset + query + 1)) hide(c, b, query, start, count, columns, row);
+      const bool cut = c.causal && start + count > place(c, b, query) + 1;
+      if (!whole || cut) hide(c, b, query, start, count, columns, row);
       v16 top = splat(NEG);
       for (int n = 0; n < columns; n += 16) top = maximum(top, load(row + n));
       float most = std::max(w.most[i], largest(top) * unit), base = most == NEG ? 0.0f : most;
@@ -257,7 +263,7 @@ static void attend_query_tile(const Call &c, Workspace<P> &w, int64_t b, int64_t
   std::fill(w.out, w.out + QUERY_TILE * dim, 0.0f);
   std::fill(w.most, w.most + QUERY_TILE, NEG);
   std::fill(w.total, w.total + QUERY_TILE, 0.0f);
-  const int64_t last = c.causal ? std::min(c.keys, c.offset + first + rows) : c.keys;
+  const int64_t last = c.causal ? std::min(c.keys, place(c, b, first + rows - 1) + 1) : c.keys;
   const uint8_t *flags = c.map ? c.map + b * c.map_b + head * c.map_h + first / c.query_block * c.map_row : nullptr;
   for (int64_t start = 0; start < last; start += columns)
     if (!flags || flags[start / c.key_block]) {

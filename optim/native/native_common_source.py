@@ -42,6 +42,7 @@ struct Call {
   int64_t map_b, map_h, map_row;
   const int32_t *table;       // (B, pages): where each page of a row lies in a paged key and value storage, or null
   int64_t table_b;
+  const int64_t *places;      // (B, queries), rising: the key at which each query stands; null where offset says it
   int64_t page_tokens;        // of `table` and of page flags
   int64_t batch, heads, kv_heads, queries, keys, dim, offset;
   int64_t causal, query_block, key_block, threads, is_bf16;
@@ -78,8 +79,13 @@ static inline void store(float *p, v16 x) { std::memcpy(p, &x, 64); }
 static inline void store(bf16 *p, v16 x) {
   u16v bits;
   std::memcpy(&bits, &x, 64);
-  h16 y = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, h16);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#if defined(__AVX512F__)  // GCC takes the vector extension's conversion apart
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)bits));
+#else
+  h16 y = __builtin_convertvector(bits, h16);
   std::memcpy(p, &y, 32);
+#endif
 }
 static inline float sum(v16 x) {
 #if defined(__AVX512F__)

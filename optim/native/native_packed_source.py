@@ -1,15 +1,16 @@
-"""C++ of products with weights in packed bytes: few rows straight from the bytes, and unpacking for many.
+"""C++ of products with weights in packed bytes: few rows straight from the bytes, more in tiles; and unpacking.
 
 With AVX-512 VNNI products of few rows are products of bytes: every 128 inputs are split into two signed bytes each,
 fifteen bits relative to the largest of them, and multiplied with the codes as they lie; sums of whole numbers are
-exact. Elsewhere a row of weights is unpacked to float32 while it is in the nearest cache. How codes lie is said in
-`packed_codes.py`.
+exact. Elsewhere a row of weights is unpacked to float32 while it is in the nearest cache. For more rows a few outputs
+at a time are unpacked to the rows' own type there, and multiplied with all rows. How codes lie is said in
+`packed_codes.py`. Stands behind the source of `native_linear.py`.
 """
 
 PACKED_SOURCE = r"""
-typedef uint8_t b16 __attribute__((vector_size(16)));
 constexpr int CHUNK = 128;
-constexpr int AHEAD = 2048;  // bytes that are fetched before they are needed
+constexpr int AHEAD = 8192;  // bytes that are fetched, to the second cache, before they are needed
+constexpr int FEW_ROWS = 6;  // more are faster in tiles
 
 // One weight, (outputs, inputs). Mirrored by ctypes in native_packed_linear.py.
 struct Packed {
@@ -21,34 +22,46 @@ struct Packed {
 
 static inline int64_t row_bytes(const Packed &p) { return p.inputs * p.bits / 8; }
 
+// Sixteen bytes as whole numbers; GCC takes the vector extension's conversion apart, byte by byte.
+#if defined(__AVX512F__)
+static inline i16v widen(const uint8_t *p) { return (i16v)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline i16v widen(const int8_t *p) { return (i16v)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+#else
+template <class B> static inline i16v widen(const B *p) {
+  i16v wide;
+  for (int i = 0; i < 16; i++) wide[i] = p[i];
+  return wide;
+}
+#endif
 // Sixteen signed int4 from the low or, shifted, the high bits of sixteen bytes.
-static inline v16 nibbles(b16 bytes, int shift) {
-  i16v wide = __builtin_convertvector(bytes, i16v);
+static inline v16 nibbles(i16v wide, int shift) {
   return __builtin_convertvector((((wide >> shift) & 15) ^ 8) - 8, v16);
 }
 // Thirty-two neighbours of which `even` and `odd` hold every other one, or `first` and `second` one half each.
-static inline void put_pairs(float *to, v16 even, v16 odd) {
+// With FAR they go past the caches where they lie on whole lines: unpacked matrices are larger, and a line that is
+// written whole need not be read before.
+template <bool FAR> static inline void put_pairs(float *to, v16 even, v16 odd) {
   for (int i = 0; i < 16; i++) to[2 * i] = even[i], to[2 * i + 1] = odd[i];
 }
-static inline void put_halves(float *to, v16 first, v16 second) { store(to, first), store(to + 16, second); }
-#if defined(__AVX512BF16__)
-// Past the caches where they lie on whole lines: unpacked matrices are larger, and a line that is written whole need
-// not be read before.
-static inline void put_line(bf16 *to, __m512i x) {
-  if ((uintptr_t)to % 64) _mm512_storeu_si512(to, x);
-  else _mm512_stream_si512((__m512i *)to, x);
+template <bool FAR> static inline void put_halves(float *to, v16 first, v16 second) {
+  store(to, first), store(to + 16, second);
 }
-static inline void put_pairs(bf16 *to, v16 even, v16 odd) {
+#if defined(__AVX512BF16__)
+template <bool FAR> static inline void put_line(bf16 *to, __m512i x) {
+  if (FAR && (uintptr_t)to % 64 == 0) _mm512_stream_si512((__m512i *)to, x);
+  else _mm512_storeu_si512(to, x);
+}
+template <bool FAR> static inline void put_pairs(bf16 *to, v16 even, v16 odd) {
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
   const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
-  put_line(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  put_line<FAR>(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
-static inline void put_halves(bf16 *to, v16 first, v16 second) {
-  put_line(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+template <bool FAR> static inline void put_halves(bf16 *to, v16 first, v16 second) {
+  put_line<FAR>(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 }
 static inline void finish_writing() { _mm_sfence(); }
 #else
-static inline void put_pairs(bf16 *to, v16 even, v16 odd) {
+template <bool FAR> static inline void put_pairs(bf16 *to, v16 even, v16 odd) {
   u16v e, o;
   std::memcpy(&e, &even, 64);
   std::memcpy(&o, &odd, 64);
@@ -57,23 +70,20 @@ static inline void put_pairs(bf16 *to, v16 even, v16 odd) {
   e |= o;
   std::memcpy(to, &e, 64);
 }
-static inline void put_halves(bf16 *to, v16 first, v16 second) { store(to, first), store(to + 16, second); }
+template <bool FAR> static inline void put_halves(bf16 *to, v16 first, v16 second) {
+  store(to, first), store(to + 16, second);
+}
 static inline void finish_writing() {}
 #endif
 
 // Weights of output `n` as numbers.
-template <class T> static void unpack_row(const Packed &p, int64_t n, T *to) {
+template <bool FAR, class T> static void unpack_row(const Packed &p, int64_t n, T *to) {
   const uint8_t *codes = p.codes + n * row_bytes(p);
   if (p.bits == 8) {
-    typedef int8_t s16 __attribute__((vector_size(16)));
     const float scale = p.row_scale[n];
-    auto sixteen = [&](int64_t i) {
-      s16 x;
-      std::memcpy(&x, codes + i, 16);
-      return __builtin_convertvector(__builtin_convertvector(x, i16v), v16) * scale;
-    };
+    auto sixteen = [&](int64_t i) { return __builtin_convertvector(widen((const int8_t *)codes + i), v16) * scale; };
     int64_t i = 0;
-    for (; i + 32 <= p.inputs; i += 32) put_halves(to + i, sixteen(i), sixteen(i + 16));
+    for (; i + 32 <= p.inputs; i += 32) put_halves<FAR>(to + i, sixteen(i), sixteen(i + 16));
     for (; i < p.inputs; i++) put(to + i, (int8_t)codes[i] * scale);
     return;
   }
@@ -83,9 +93,8 @@ template <class T> static void unpack_row(const Packed &p, int64_t n, T *to) {
     int64_t i = g * p.group;
     const int64_t end = i + p.group;
     for (; i + 32 <= end; i += 32) {
-      b16 x;
-      std::memcpy(&x, codes + i / 2, 16);
-      put_pairs(to + i, nibbles(x, 0) * scale + zero, nibbles(x, 4) * scale + zero);
+      const i16v x = widen(codes + i / 2);
+      put_pairs<FAR>(to + i, nibbles(x, 0) * scale + zero, nibbles(x, 4) * scale + zero);
     }
     for (; i < end; i += 2) {
       const int low = ((codes[i / 2] & 15) ^ 8) - 8, high = ((codes[i / 2] >> 4) ^ 8) - 8;
@@ -99,7 +108,7 @@ template <class T> static void unpack(const Packed &p, T *to, int64_t first, int
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < count; n++) unpack_row(p, first + n, to + n * p.inputs);
+    for (int64_t n = 0; n < count; n++) unpack_row<true>(p, first + n, to + n * p.inputs);
     finish_writing();
   }
 }
@@ -112,7 +121,7 @@ static void multiply_unpacked(const Packed &p, const T *x, const T *bias, T *out
     std::vector<float> weights(p.inputs);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < p.outputs; n++) {
-      unpack_row(p, n, weights.data());
+      unpack_row<false>(p, n, weights.data());
       for (int64_t r = 0; r < rows; r++) {
         const T *row = x + r * p.inputs;
         v16 sums{};
@@ -121,6 +130,73 @@ static void multiply_unpacked(const Packed &p, const T *x, const T *bias, T *out
         float total = sum(sums) + (bias ? to_float(bias[n]) : 0.0f);
         for (; i < p.inputs; i++) total += weights[i] * to_float(row[i]);
         put(out + r * p.outputs + n, total);
+      }
+    }
+  }
+}
+
+// All rows of x times N rows of weights, to N columns of `out` (rows, outputs). The weights lie `stride` apart.
+template <int R, int N, class T>
+static void tile(const T *x, const T *w, int64_t stride, const T *bias, T *out, int64_t inputs, int64_t outputs) {
+  v16 sums[R][N];
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) sums[r][n] = v16{};
+  const int step = step_of(x);
+  int64_t i = 0;
+  for (; i + step <= inputs; i += step)
+    for (int n = 0; n < N; n++)
+      for (int r = 0; r < R; r++) sums[r][n] = multiply_add(sums[r][n], w + n * stride + i, x + r * stride + i);
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) {
+      float total = sum(sums[r][n]) + (bias ? to_float(bias[n]) : 0.0f);
+      for (int64_t j = i; j < inputs; j++) total += to_float(w[n * stride + j]) * to_float(x[r * stride + j]);
+      put(out + r * outputs + n, total);
+    }
+}
+template <int N, class T>
+static void columns(const T *x, const T *w, int64_t stride, const T *bias, T *out, int64_t rows, int64_t inputs,
+                    int64_t outputs) {
+  int64_t r = 0;
+  for (; r + 6 <= rows; r += 6) tile<6, N>(x + r * stride, w, stride, bias, out + r * outputs, inputs, outputs);
+  for (; r + 2 <= rows; r += 2) tile<2, N>(x + r * stride, w, stride, bias, out + r * outputs, inputs, outputs);
+  for (; r < rows; r++) tile<1, N>(x + r * stride, w, stride, bias, out + r * outputs, inputs, outputs);
+}
+
+// Rows at a distance that is no power of two, so that neighbours do not fall into the same sets of a cache.
+template <class T> struct Spread {
+  std::vector<T> memory;
+  int64_t stride;
+  T *rows;
+  Spread(int64_t count, int64_t inputs) {
+    const int64_t line = 64 / sizeof(T);
+    stride = (inputs + line - 1) / line * line + line;
+    memory.resize(count * stride + line);
+    rows = memory.data() + (64 - (uintptr_t)memory.data() % 64) % 64 / sizeof(T);
+  }
+};
+
+// A few outputs at a time are unpacked to T, where they stay in the nearest cache for all rows.
+template <class T>
+static void multiply_tiles(const Packed &p, const T *x, const T *bias, T *out, int64_t rows, int threads) {
+  Spread<T> given(rows, p.inputs);
+  for (int64_t r = 0; r < rows; r++)
+    std::memcpy(given.rows + r * given.stride, x + r * p.inputs, p.inputs * sizeof(T));
+#pragma omp parallel num_threads(threads)
+  {
+    Spread<T> weights(OUTPUTS, p.inputs);
+    const int64_t stride = weights.stride;
+#pragma omp for schedule(static)
+    for (int64_t g = 0; g < (p.outputs + OUTPUTS - 1) / OUTPUTS; g++) {
+      int64_t n = g * OUTPUTS;
+      const int64_t count = std::min<int64_t>(OUTPUTS, p.outputs - n);
+      for (int64_t i = 0; i < count; i++) unpack_row<false>(p, n + i, weights.rows + i * stride);
+      const T *added = bias ? bias + n : nullptr;
+      if (count == OUTPUTS) {
+        columns<OUTPUTS>(given.rows, weights.rows, stride, added, out + n, rows, p.inputs, p.outputs);
+      } else {
+        for (int64_t i = 0; i < count; i++)
+          columns<1>(given.rows, weights.rows + i * stride, stride, bias ? added + i : nullptr, out + n + i, rows,
+                     p.inputs, p.outputs);
       }
     }
   }
@@ -210,7 +286,7 @@ static void multiply_bytes(const Packed &p, const Split *x, const T *bias, T *ou
     __m512 scale, zero;
     if (GROUPS) {
       const __m512i raw = _mm512_xor_si512(_mm512_loadu_si512(codes + c * 64), to_unsigned);
-      _mm_prefetch((const char *)codes + c * 64 + AHEAD, _MM_HINT_T0);
+      _mm_prefetch((const char *)codes + c * 64 + AHEAD, _MM_HINT_T1);
       first = _mm512_and_si512(raw, low_bits);
       second = _mm512_and_si512(_mm512_srli_epi16(raw, 4), low_bits);
       scale = spread<GROUPS ? GROUPS : 1>(p.scale + (n * chunks + c) * GROUPS);
@@ -218,8 +294,8 @@ static void multiply_bytes(const Packed &p, const Split *x, const T *bias, T *ou
     } else {
       first = _mm512_xor_si512(_mm512_loadu_si512(codes + c * 128), to_unsigned);
       second = _mm512_xor_si512(_mm512_loadu_si512(codes + c * 128 + 64), to_unsigned);
-      _mm_prefetch((const char *)codes + c * 128 + AHEAD, _MM_HINT_T0);
-      _mm_prefetch((const char *)codes + c * 128 + AHEAD + 64, _MM_HINT_T0);
+      _mm_prefetch((const char *)codes + c * 128 + AHEAD, _MM_HINT_T1);
+      _mm_prefetch((const char *)codes + c * 128 + AHEAD + 64, _MM_HINT_T1);
     }
     for (int r = 0; r < R; r++) {
       const int8_t *bytes = x[r].bytes + c * 2 * CHUNK;
@@ -277,7 +353,8 @@ template <class T> static bool multiply_fast(const Packed &, const T *, const T 
 
 template <class T>
 static void multiply(const Packed &p, const void *x, const void *bias, void *out, int64_t rows, int threads) {
-  if (!multiply_fast(p, (const T *)x, (const T *)bias, (T *)out, rows, threads))
+  if (rows > FEW_ROWS) multiply_tiles(p, (const T *)x, (const T *)bias, (T *)out, rows, threads);
+  else if (!multiply_fast(p, (const T *)x, (const T *)bias, (T *)out, rows, threads))
     multiply_unpacked(p, (const T *)x, (const T *)bias, (T *)out, rows, threads);
 }
 

@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from .native_attention import prepare_call, run_kernel, supports
+from .native_attention import flag_pages, prepare_call, run_kernel, supports
 from .native_build import load_library
 from .native_common_source import COMMON_SOURCE
 from .native_decode_source import DECODE_SOURCE
@@ -46,6 +46,7 @@ def native_quantized_decode(
     layout,
     scaling: float,
     turned_query: torch.Tensor | None = None,
+    page_map=None,
 ) -> torch.Tensor:
     """Few queries against packed pages and the tokens that follow them.
 
@@ -58,6 +59,8 @@ def native_quantized_decode(
         layout (`AttentionLayout`, *optional*): `None` for attention to all keys; its queries come after the pages.
         scaling (`float`): factor on the scores.
         turned_query (`torch.Tensor`, *optional*): (B, H, T, D) float32, for keys that were rotated before packing.
+        page_map (`PageMap`, *optional*): the pages that each KV head reads, of `group_size`; what follows the packed
+            ones is read in any case.
     Returns:
         (B, T, H, D); zeros for queries that see nothing.
     """
@@ -69,6 +72,35 @@ def native_quantized_decode(
     # The kernel counts tokens from the first of the row on, of which these are the last.
     call.key -= packed_tokens * call.key_t * query.itemsize
     call.value -= packed_tokens * call.value_t * query.itemsize
+    keep.append(flag_pages(call, page_map))
+    packed, held = _describe(keys, values, table, form, turned_query)
+    keep += held
+    function, first_loose = quantized_kernel().qwen3_vl_quantized_decode, ctypes.c_int64(packed_tokens)
+    run_kernel(lambda first: function(first, ctypes.byref(packed), first_loose), call)
+    return out
+
+
+def native_packed_page_scores(
+    query: torch.Tensor, keys: torch.Tensor, table: torch.Tensor, form, turned_query: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The highest score that a key of each packed page can have, (B, KV heads, pages) float32, before scaling.
+
+    Args:
+        query (`torch.Tensor`): (B, H, T, D); the highest of all queries of a KV head counts.
+        keys, table, form, turned_query: as for [`native_quantized_decode`].
+    """
+    out = torch.empty(query.shape[0], keys.shape[1], table.shape[1])
+    like = keys.new_empty((), dtype=query.dtype).expand(query.shape[0], keys.shape[1], 1, query.shape[3])
+    call, _, keep = prepare_call(query, like, like, None, 1.0, None)
+    packed, held = _describe(keys, keys, table, form, turned_query)
+    keep += held
+    function, to = quantized_kernel().qwen3_vl_packed_page_scores, ctypes.c_void_p(out.data_ptr())
+    run_kernel(lambda first: function(first, ctypes.byref(packed), to), call)
+    return out
+
+
+def _describe(keys, values, table, form, turned_query) -> tuple[_Packed, list]:
+    """The packed pages of a call, and the tensors that have to live as long."""
     table = table.contiguous()
     packed = _Packed(keys=keys.data_ptr(), values=values.data_ptr(), table=table.data_ptr(), table_b=table.shape[1])
     packed.page_stride, packed.record, packed.pages = keys.stride(0), keys.stride(1), table.shape[1]
@@ -76,7 +108,4 @@ def native_quantized_decode(
     if turned_query is not None:
         turned_query = turned_query.contiguous()
         packed.query = turned_query.data_ptr()
-    keep += [keys, values, table, turned_query]
-    function, first_loose = quantized_kernel().qwen3_vl_quantized_decode, ctypes.c_int64(packed_tokens)
-    run_kernel(lambda first: function(first, ctypes.byref(packed), first_loose), call)
-    return out
+    return packed, [keys, values, table, turned_query]

@@ -152,9 +152,9 @@ static int64_t packed_scratch(const Call &c, const Packed &p) {
   return 4 * (TASK_PAGES * p.page_tokens + 2 * std::max(c.dim, p.page_tokens));
 }
 
-// One part, as `decode_rows` makes it, for R rows and `count` pages.
+// One part, as `decode_rows` makes it, for R rows and `count` of the row's `pages`.
 template <int R, int BITS, bool BYTES>
-static void packed_rows(const Call &c, const Packed &p, int64_t b, int64_t h, int64_t first, int count,
+static void packed_rows(const Call &c, const Packed &p, int64_t b, int64_t h, const int32_t *pages, int count,
                         const float *const *rows, float *scratch, float *part, int64_t part_stride) {
   const int tokens = (int)p.page_tokens, dim = (int)c.dim, total = count * tokens, size = std::max(dim, tokens);
   const int64_t packed_bytes = (int64_t)tokens * dim * BITS / 8;
@@ -173,10 +173,10 @@ static void packed_rows(const Call &c, const Packed &p, int64_t b, int64_t h, in
   auto split = [&](int r, int n) {
     if (BYTES) weights.unit[r] = split_weights(folded[r], n, (int8_t *)weights.high[r], (int8_t *)weights.low[r]);
   };
-  const uint8_t *first_value = record_of(p, p.values, b, h, first);
+  const uint8_t *first_value = record_of(p, p.values, b, h, pages[0]);
   for (int i = 0; i < count; i++) {
-    const uint8_t *record = record_of(p, p.keys, b, h, first + i);
-    const uint8_t *next = i + 1 < count ? record_of(p, p.keys, b, h, first + i + 1) : first_value;
+    const uint8_t *record = record_of(p, p.keys, b, h, pages[i]);
+    const uint8_t *next = i + 1 < count ? record_of(p, p.keys, b, h, pages[i + 1]) : first_value;
     const bf16 *scale = (const bf16 *)(record + packed_bytes), *zero = scale + dim;
     float *here[R];
     for (int r = 0; r < R; r++) {
@@ -192,7 +192,7 @@ static void packed_rows(const Call &c, const Packed &p, int64_t b, int64_t h, in
     }
     add_products<R, BITS, BYTES>(record, next, dim / 4 * BITS / 8, tokens, 0, tokens, weights, here);
     if (c.valid) {
-      const uint8_t *valid = c.valid + b * c.keys + (first + i) * tokens;
+      const uint8_t *valid = c.valid + b * c.keys + (int64_t)pages[i] * tokens;
       for (int r = 0; r < R; r++)
         for (int t = 0; t < tokens; t++) here[r][t] = valid[t] ? here[r][t] : NEG;
     }
@@ -215,8 +215,8 @@ static void packed_rows(const Call &c, const Packed &p, int64_t b, int64_t h, in
   for (int r = 0; r < R; r++)
     for (int g = 0; g < groups; g++) shift[r][g] = v16{};
   for (int i = 0; i < count; i++) {
-    const uint8_t *record = record_of(p, p.values, b, h, first + i);
-    const uint8_t *next = i + 1 < count ? record_of(p, p.values, b, h, first + i + 1) : record;
+    const uint8_t *record = record_of(p, p.values, b, h, pages[i]);
+    const uint8_t *next = i + 1 < count ? record_of(p, p.values, b, h, pages[i + 1]) : record;
     for (int g = 0; g < groups; g++) {
       const bf16 *scale = (const bf16 *)(record + packed_bytes) + g * tokens, *zero = scale + groups * tokens;
       for (int r = 0; r < R; r++) {
@@ -238,12 +238,12 @@ static void packed_rows(const Call &c, const Packed &p, int64_t b, int64_t h, in
 }
 
 template <int R, class T>
-static void packed_task(const Call &c, const Packed &p, int64_t b, int64_t h, int64_t first, int count,
+static void packed_task(const Call &c, const Packed &p, int64_t b, int64_t h, const int32_t *pages, int count,
                         const float *const *rows, float *scratch, float *part, int64_t part_stride) {
   constexpr bool BYTES = HAS_BYTE_PRODUCTS && sizeof(T) == 2;
-  if (p.bits == 8) packed_rows<R, 8, BYTES>(c, p, b, h, first, count, rows, scratch, part, part_stride);
-  else if (p.bits == 4) packed_rows<R, 4, BYTES>(c, p, b, h, first, count, rows, scratch, part, part_stride);
-  else packed_rows<R, 2, BYTES>(c, p, b, h, first, count, rows, scratch, part, part_stride);
+  if (p.bits == 8) packed_rows<R, 8, BYTES>(c, p, b, h, pages, count, rows, scratch, part, part_stride);
+  else if (p.bits == 4) packed_rows<R, 4, BYTES>(c, p, b, h, pages, count, rows, scratch, part, part_stride);
+  else packed_rows<R, 2, BYTES>(c, p, b, h, pages, count, rows, scratch, part, part_stride);
 }
 
 // Scaled float32 queries, (B, KV heads, group, T, D).
@@ -255,7 +255,7 @@ static void lay_queries(const Call &c, const T *query, int64_t sb, int64_t sh, i
         for (int64_t d = 0; d < c.dim; d++) to[d] = to_float(query[b * sb + head * sh + t * st + d]) * unit;
 }
 
-// A run of pages, or with `pages` 0 a run of tokens that are not packed.
+// A run of the pages that are listed, or with `pages` 0 a run of tokens that are not packed.
 struct Piece { int32_t b, h, first, count, pages; };
 
 template <class T> static int quantized_decode(const Call &c, const Packed &p, int64_t first_loose) {
@@ -264,11 +264,17 @@ template <class T> static int quantized_decode(const Call &c, const Packed &p, i
   const float unit = c.scaling * 1.44269504f;
   std::vector<Piece> pieces;
   std::vector<int64_t> first_piece;
+  std::vector<int32_t> listed;  // pages that are read: all, or those flagged
   for (int32_t b = 0; b < c.batch; b++)
     for (int32_t h = 0; h < c.kv_heads; h++) {
       first_piece.push_back(pieces.size());
-      for (int64_t i = 0; i < p.pages; i += TASK_PAGES)
-        pieces.push_back({b, h, (int32_t)i, (int32_t)std::min<int64_t>(TASK_PAGES, p.pages - i), 1});
+      const uint8_t *flags = c.map ? c.map + b * c.map_b + h * c.map_h : nullptr;
+      const int32_t begin = (int32_t)listed.size();
+      for (int32_t page = 0; page < p.pages; page++)
+        if (!flags || flags[page]) listed.push_back(page);
+      const int32_t end = (int32_t)listed.size();
+      for (int32_t i = begin; i < end; i += TASK_PAGES)
+        pieces.push_back({b, h, i, std::min(TASK_PAGES, end - i), 1});
       for (int64_t t = first_loose; t < last; t += 256)
         pieces.push_back({b, h, (int32_t)t, (int32_t)std::min<int64_t>(256, last - t), 0});
     }
@@ -305,7 +311,7 @@ template <class T> static int quantized_decode(const Call &c, const Packed &p, i
       auto run = [&](auto width) {
         constexpr int R = decltype(width)::value;
         if (piece.pages)
-          packed_task<R, T>(c, p, piece.b, piece.h, piece.first, piece.count, row, mine, part, part_stride);
+          packed_task<R, T>(c, p, piece.b, piece.h, &listed[piece.first], piece.count, row, mine, part, part_stride);
         else
           decode_rows<R, T>(c, piece.b, piece.h, &span, 1, row, limit, mine, part, part_stride);
       };
@@ -335,6 +341,51 @@ template <class T> static int quantized_decode(const Call &c, const Packed &p, i
         for (int64_t d = 0; d < c.dim; d += 16) store(to + d, total == 0 ? v16{} : load(scratch + d) / total);
       }
   return 0;
+}
+
+// The highest score that a key of each page can have for any query of the KV head, (B, KV heads, pages): the channels
+// of a page lie between its zero and that plus all levels of its scale.
+template <class T> static int packed_page_scores(const Call &c, const Packed &p, float *out) {
+  const int64_t rows = c.heads / c.kv_heads * c.queries, block = 32, blocks = (p.pages + block - 1) / block;
+  const int64_t all = c.batch * c.heads * c.queries * c.dim, packed_bytes = p.page_tokens * c.dim * p.bits / 8;
+  const float levels = (float)((1 << p.bits) - 1);
+  std::unique_ptr<float, decltype(&std::free)> memory((float *)std::aligned_alloc(64, (8 * all + 63) / 64 * 64),
+                                                      &std::free);
+  if (!memory) return 1;
+  float *queries = memory.get(), *positive = queries + all;
+  if (p.query) lay_queries(c, p.query, c.heads * c.queries * c.dim, c.queries * c.dim, c.dim, 1.0f, queries);
+  else lay_queries(c, (const T *)c.query, c.query_b, c.query_h, c.query_t, 1.0f, queries);
+  for (int64_t i = 0; i < all; i++) positive[i] = std::max(queries[i], 0.0f) * levels;
+
+#pragma omp parallel for schedule(static) num_threads(thread_count(c))
+  for (int64_t n = 0; n < c.batch * c.kv_heads * blocks; n++) {
+    const int64_t b = n / blocks / c.kv_heads, h = n / blocks % c.kv_heads, first = n % blocks * block;
+    const int64_t last = std::min(p.pages, first + block), base = (b * c.kv_heads + h) * rows * c.dim;
+    for (int64_t page = first; page < last; page++) {
+      const bf16 *scale = (const bf16 *)(record_of(p, p.keys, b, h, page) + packed_bytes), *zero = scale + c.dim;
+      if (page + 1 < last) {
+        const char *next = (const char *)record_of(p, p.keys, b, h, page + 1) + packed_bytes;
+        for (int64_t at = 0; at < 4 * c.dim; at += 64) __builtin_prefetch(next + at);
+      }
+      float highest = NEG;
+      for (int64_t r = 0; r < rows; r++) {
+        const float *q = queries + base + r * c.dim, *up = positive + base + r * c.dim;
+        v16 total{};
+        for (int64_t d = 0; d < c.dim; d += 16) total += load(q + d) * load(zero + d) + load(up + d) * load(scale + d);
+        highest = std::max(highest, sum(total));
+      }
+      out[(b * c.kv_heads + h) * p.pages + page] = highest;
+    }
+  }
+  return 0;
+}
+
+extern "C" int qwen3_vl_packed_page_scores(const Call *c, const Packed *p, float *out) {
+  try {
+    return c->is_bf16 ? packed_page_scores<bf16>(*c, *p, out) : packed_page_scores<float>(*c, *p, out);
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
 }
 
 extern "C" int qwen3_vl_quantized_decode(const Call *c, const Packed *p, int64_t first_loose) {

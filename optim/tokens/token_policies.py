@@ -17,13 +17,13 @@ from .visual_request import LayerRequest, Piece, VisualRequest
 
 @dataclass(frozen=True)
 class Choice:
-    """What a policy answers for one piece of n tokens.
+    """What a policy answers for B pieces of n tokens each.
 
     Args:
-        kept (`torch.Tensor`): (count,) numbers of the tokens that stay, rising.
-        owner (`torch.Tensor`, *optional*): (n,), for every token the kept one into which it is merged, itself for
+        kept (`torch.Tensor`): (B, count) numbers of the tokens that stay, rising.
+        owner (`torch.Tensor`, *optional*): (B, n), for every token the kept one into which it is merged, itself for
             those that stay, -1 for those that are dropped; by default all are dropped.
-        weight (`torch.Tensor`, *optional*): (n,), how much a token counts in the average; 1 by default.
+        weight (`torch.Tensor`, *optional*): (B, n), how much a token counts in the average; 1 by default.
     """
 
     kept: torch.Tensor
@@ -33,60 +33,73 @@ class Choice:
 
 @dataclass(frozen=True)
 class PieceView:
-    """One picture or video for a policy; costly views are made when they are asked for."""
+    """Pictures or videos of one grid for a policy; costly views are made when they are asked for.
+
+    Args:
+        pieces (`tuple[Piece, ...]`): B of n tokens each, which differ in place and row alone.
+    """
 
     request: VisualRequest = field(repr=False)
-    piece: Piece
+    pieces: tuple[Piece, ...]
     generator: torch.Generator | None = field(default=None, repr=False)
 
     @property
-    def tokens(self) -> int:
-        return self.piece.tokens
+    def piece(self) -> Piece:
+        return self.pieces[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.request.features.device
+
+    def of(self, level: torch.Tensor) -> torch.Tensor:
+        """(B, n, hidden) of (N, hidden)."""
+        return torch.stack([level[piece.place].detach() for piece in self.pieces])
 
     @cached_property
     def features(self) -> torch.Tensor:
-        """(n, hidden) float32."""
-        return self.request.features[self.piece.place].detach().float()
+        """(B, n, hidden) float32."""
+        return self.of(self.request.features).float()
 
     @cached_property
     def similarities(self) -> torch.Tensor:
-        return similarities(self.features)
+        return similarities(self.of(self.request.features))
 
     @cached_property
     def distinctness(self) -> torch.Tensor:
         level = self.request.deepstack[0] if self.request.deepstack else self.request.features
-        return distinctness(level[self.piece.place].detach(), self.piece)
+        return distinctness(self.of(level), self.piece)
 
     @cached_property
     def relevance(self) -> torch.Tensor:
-        return text_relevance(self.request, self.piece)
+        return text_relevance(self.request, self.pieces)
 
 
 def keep_uniform(view: PieceView, count: int) -> Choice:
     """Evenly spaced in the order of the row."""
-    steps = torch.arange(count, device=view.features.device)
-    return Choice((2 * steps + 1) * view.tokens // (2 * count))
+    steps = torch.arange(count, device=view.device)
+    return Choice(((2 * steps + 1) * view.piece.tokens // (2 * count)).expand(len(view.pieces), -1))
 
 
 def keep_random(view: PieceView, count: int) -> Choice:
     """By lot; the baseline."""
-    drawn = torch.randperm(view.tokens, generator=view.generator)[:count]
-    return Choice(drawn.sort().values.to(view.features.device))
+    drawn = [torch.randperm(view.piece.tokens, generator=view.generator)[:count] for _ in view.pieces]
+    return Choice(torch.stack(drawn).sort().values.to(view.device))
 
 
 def keep_diverse(view: PieceView, count: int) -> Choice:
     """The subset whose least distance is greatest, greedily (DivPrune, arXiv 2503.02175)."""
     distances = 1 - view.similarities
+    each = torch.arange(len(distances), device=distances.device)
+    others = distances.clone()
+    others.diagonal(dim1=1, dim2=2).fill_(float("inf"))
     # The first is the token whose nearest neighbour is farthest.
-    first = distances.clone().fill_diagonal_(float("inf")).amin(1).argmax() if view.tokens > 1 else 0
-    chosen = torch.zeros(count, dtype=torch.long, device=distances.device)
-    chosen[0] = first
-    nearest = distances[first].clone()
-    for step in range(1, count):
-        nearest[chosen[step - 1]] = -float("inf")
-        chosen[step] = nearest.argmax()
-        nearest = torch.minimum(nearest, distances[chosen[step]])
-    return Choice(chosen.sort().values)
+    chosen = [others.amin(2).argmax(1)]
+    nearest = distances[each, chosen[0]]
+    for _ in range(1, count):
+        nearest[each, chosen[-1]] = -float("inf")
+        chosen.append(nearest.argmax(1))
+        nearest = torch.minimum(nearest, distances[each, chosen[-1]])
+    return Choice(torch.stack(chosen, dim=1).sort().values)
 
 
 def merge_pairs(view: PieceView, count: int) -> Choice:
@@ -94,24 +107,27 @@ def merge_pairs(view: PieceView, count: int) -> Choice:
 
     Differs from the paper: once, behind the tower, and by its tokens, not by the keys of each of its layers.
     """
-    n, device = view.tokens, view.features.device
-    owner, alive = torch.arange(n, device=device), torch.arange(n, device=device)
-    sums, sizes = view.features.clone(), torch.ones(n, device=device)
-    while len(alive) > count:
-        first, second = alive[::2], alive[1::2]
-        means = F.normalize(sums / sizes[:, None], dim=-1)
-        best, partner = (means[first] @ means[second].T).max(1)
-        merged = best.argsort(descending=True, stable=True)[: min(len(alive) - count, len(first))]
-        source, target = first[merged], second[partner[merged]]
-        sums.index_add_(0, target, sums[source])
-        sizes.index_add_(0, target, sizes[source])
-        moved = torch.arange(n, device=device)
-        moved[source] = target
-        owner = moved[owner]
-        gone = torch.zeros(n, dtype=torch.bool, device=device)
-        gone[source] = True
-        alive = alive[~gone[alive]]
+    sums = view.features.clone()
+    batch, n, hidden = sums.shape
+    sizes = sums.new_ones(batch, n)
+    numbers = torch.arange(n, device=view.device).expand(batch, -1)
+    owner = alive = numbers
+    while alive.shape[1] > count:
+        first, second = alive[:, ::2], alive[:, 1::2]
+        means = F.normalize(sums / sizes[..., None], dim=-1)
+        best, partner = (_rows(means, first) @ _rows(means, second).transpose(1, 2)).max(2)
+        merged = best.argsort(descending=True, stable=True)[:, : min(alive.shape[1] - count, first.shape[1])]
+        source, target = first.gather(1, merged), second.gather(1, partner.gather(1, merged))
+        sums.scatter_add_(1, target[..., None].expand(-1, -1, hidden), _rows(sums, source))
+        sizes.scatter_add_(1, target, sizes.gather(1, source))
+        owner = numbers.scatter(1, source, target).gather(1, owner)
+        stays = torch.ones_like(numbers, dtype=torch.bool).scatter(1, source, False)
+        alive = alive[stays.gather(1, alive)].view(batch, -1)
     return Choice(alive, owner)
+
+
+def _rows(x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    return x.gather(1, numbers[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def keep_changes(view: PieceView, count: int) -> Choice:
@@ -121,47 +137,64 @@ def keep_changes(view: PieceView, count: int) -> Choice:
     """
     piece = view.piece
     if piece.modality == "image":
-        return Choice(torch.arange(view.tokens, device=view.features.device))
-    frames = F.normalize(view.features, dim=-1).view(piece.frames, piece.height * piece.width, -1)
-    change = 1 - (frames[1:] * frames[:-1]).sum(-1)
+        return Choice(torch.arange(piece.tokens, device=view.device).expand(len(view.pieces), -1))
+    frames = F.normalize(view.features, dim=-1).unflatten(1, (piece.frames, -1))
+    change = 1 - (frames[:, 1:] * frames[:, :-1]).sum(-1)
     still = Piece("image", 0, 1, piece.height, piece.width)
-    first = 3 - redundancy(view.features[: still.tokens], still)  # in front of any change
-    score = torch.cat((first, change.flatten()))
-    return Choice(score.argsort(descending=True, stable=True)[:count].sort().values)
+    first = 3 - redundancy(view.features[:, : still.tokens], still)  # in front of any change
+    score = torch.cat((first, change.flatten(1)), dim=1)
+    return Choice(score.argsort(descending=True, stable=True)[:, :count].sort().values)
 
 
 def merge_by_relevance(view: PieceView, count: int) -> Choice:
     """Keeps what the text asks for, what the picture does not repeat and what is not kept yet; merges the rest.
 
-    Greedy maximum of a determinantal point process (k-DPP, Kulesza and Taskar, arXiv 1207.6083) whose quality is
-    distinctness and relevance. Likeness counts by `DIVERSITY`: with all of its weight, letters push each other out.
-    A token that goes is averaged into the kept one that it is most like, the less the less it is like it.
+    Quality of a token is its distinctness and relevance; likeness counts by `DIVERSITY`: with all of its weight,
+    letters push each other out. A token that goes is averaged into the kept one that it is most like, the less the
+    less it is like it.
     """
-    similar = view.similarities
-    quality = view.distinctness / view.distinctness.mean().clamp(min=1e-6) + 0.1
+    similar, distinct = view.similarities, view.distinctness
+    quality = distinct / distinct.mean(1, keepdim=True).clamp(min=1e-6) + 0.1
     quality = quality * view.relevance.clamp(min=1e-3) ** RELEVANCE
-    gain = quality.square()
-    rows = torch.zeros(count, view.tokens, device=similar.device)
-    chosen = torch.zeros(count, dtype=torch.long, device=similar.device)
-    for step in range(count):
-        best = gain.argmax()
-        row = DIVERSITY * quality[best] * quality * similar[best]
-        row[best] = quality[best].square()
-        rows[step] = (row - rows[:step, best] @ rows[:step]) / gain[best].clamp(min=1e-8).sqrt()
-        chosen[step] = best
-        gain = gain - rows[step].square()
-        gain[best] = -float("inf")
-    kept = chosen.sort().values
-    nearness, nearest = similar[:, kept].max(1)
-    owner = kept[nearest]
-    owner[kept] = kept
-    weight = ((nearness - 1) / TEMPERATURE).exp()
-    weight[kept] = 1
+    likeness = (similar * quality[:, None]).mul_(DIVERSITY * quality[:, :, None])
+    likeness.diagonal(dim1=1, dim2=2).copy_(quality.square())
+    kept = largest_volume(likeness, count).sort().values
+    nearness, nearest = _rows(similar, kept).max(1)
+    owner = kept.gather(1, nearest).scatter(1, kept, kept)
+    weight = ((nearness - 1) / TEMPERATURE).exp().scatter(1, kept, 1.0)
     return Choice(kept, owner, weight)
 
 
+def largest_volume(likeness: torch.Tensor, count: int) -> torch.Tensor:
+    """The greedy maximum of a determinantal point process (k-DPP, Kulesza and Taskar, arXiv 1207.6083).
+
+    Each next token is the one that adds most to the determinant; a Cholesky factor grows by its row.
+
+    Args:
+        likeness (`torch.Tensor`): (B, n, n) symmetric, float32.
+    Returns:
+        (B, count) in the order of choice.
+    """
+    batch, n, _ = likeness.shape
+    each = torch.arange(batch, device=likeness.device)
+    gain = likeness.diagonal(dim1=1, dim2=2).clone()
+    factor = likeness.new_empty(batch, count, n)
+    chosen = []
+    for step in range(count):
+        best = gain.argmax(1)
+        row = likeness[each, best]
+        known = factor[:, :step]
+        row = torch.baddbmm(row[:, None], known[each, :, best][:, None], known, alpha=-1)[:, 0]
+        row = row * gain[each, best].clamp(min=1e-8).rsqrt()[:, None]
+        factor[:, step] = row
+        gain = gain.addcmul(row, row, value=-1)
+        gain[each, best] = -float("inf")
+        chosen.append(best)
+    return torch.stack(chosen, dim=1)
+
+
 # Exponent of relevance, weight of likeness, and how fast the weight of a merged token falls with its distance.
-RELEVANCE, DIVERSITY, TEMPERATURE = 0.5, 0.5, 0.1
+RELEVANCE, DIVERSITY, TEMPERATURE = 0.5, 0.8, 0.1
 
 
 def rank_by_last_query(request: LayerRequest, row: int) -> torch.Tensor:

@@ -8,6 +8,12 @@ from transformers.utils import logging
 
 from ..technique_optim import Technique, refuse_unknown
 from .packed_codes import GROUP_SIZES
+from .precision_bitsandbytes import (
+    bitsandbytes_linear,
+    check_one_width,
+    mark_bitsandbytes,
+    require_bitsandbytes,
+)
 from .precision_calibration import Sensitivity, choose_bits, measure_sensitivity
 from .precision_groups import PLAIN_BITS, Form, Target, find_targets, form_for, is_tied
 from .precision_install import Installation
@@ -19,14 +25,15 @@ from .quantized_linear import PackedMatrix
 logger = logging.get_logger(__name__)
 
 BITS = (4, 8, PLAIN_BITS)
+BACKENDS = ("packed", "bitsandbytes")
 
 
 class AdaptivePrecision(Technique):
     """Weights as packed int8 or int4, so that a decoded token reads a half or a quarter of the bytes.
 
-    Lossy. Up to 24 rows are multiplied with the packed bytes by a kernel of ours; more rows, as in a prompt, with
-    weights that are unpacked a matrix at a time, so that no second copy is kept; between 9 and about 100 rows this is
-    slower than bfloat16. Without a C++ compiler and on a GPU every product unpacks: as small in memory, not faster.
+    Lossy. Up to 96 rows are multiplied by kernels of ours that read the packed bytes; more rows, as in a prompt, with
+    weights that are unpacked a matrix at a time, so that no second copy is kept. From about 40 rows on this is up to a
+    fifth slower than bfloat16. Without a C++ compiler and on a GPU every product unpacks: as small, not faster.
     Adapters of PEFT can be trained on top. `save_pretrained` writes torchao's format, which `from_pretrained` loads
     packed, in a second; both need torchao. Stock `transformers` with torchao reads such a folder too, and computes
     with it where torchao has kernels: int8 on a CPU, but for experts; int4 on a GPU. Elsewhere it raises.
@@ -44,18 +51,23 @@ class AdaptivePrecision(Technique):
         embedding (`int`, *optional*): of the token embedding; by default as the head where both are one weight, which
             is then packed once, else 16.
         experts (`int`, *optional*): of sparse experts, each packed on its own; `bits` by default.
-        vision, mergers (`int`): of the vision tower's blocks, and of its merger and DeepStack mergers.
+        vision, mergers (`int`, *optional*): of the vision tower's blocks, and of its merger and DeepStack mergers; 8
+            by default, with bitsandbytes `bits`.
         layers (*optional*): `{group: bits}` of single blocks, such as `calibrate` returns.
         originals (`str`): where the packed weights' originals wait for `revert`: `"file"` (the default) writes them
             to disk and frees their memory, `"keep"` holds them in memory, which saves none, `"drop"` forgets them, and
             `revert` raises; a profile that is never taken off loads sooner with it.
         originals_folder (`str`, *optional*): for the files; the system's temporary folder by default.
+        backend (`str`): `"packed"` for the above, or on a GPU `"bitsandbytes"`: its LLM.int8() or NF4 layers, saved
+            and loaded by `transformers` as its own. It has linear layers of one width alone: parts get `bits` or 16,
+            embeddings stay, experts have to be left by `experts=16`, and there is nothing to calibrate.
     Raises:
         ValueError: for an unknown or invalid setting.
     """
 
     name = "adaptive_precision"
     exact = False
+    after = ("layer_recycling",)
 
     def __init__(
         self,
@@ -65,17 +77,22 @@ class AdaptivePrecision(Technique):
         lm_head: int | None = None,
         embedding: int | None = None,
         experts: int | None = None,
-        vision: int = 8,
-        mergers: int = 8,
+        vision: int | None = None,
+        mergers: int | None = None,
         layers: Mapping[str, int] | None = None,
         originals: str = "file",
         originals_folder: str | None = None,
+        backend: str = "packed",
         **unknown: Any,
     ):
+        _check_choice("backend", backend, BACKENDS)
+        usual = 8 if backend == "packed" else bits
+        vision, mergers = (usual if value is None else value for value in (vision, mergers))
         parts = {"lm_head": lm_head, "embedding": embedding, "experts": experts, "vision": vision, "mergers": mergers}
-        refuse_unknown(self.name, unknown, ("bits", "group_size", *parts, "layers", "originals", "originals_folder"))
+        others = ("layers", "originals", "originals_folder", "backend")
+        refuse_unknown(self.name, unknown, ("bits", "group_size", *parts, *others))
         for name, value in {"bits": bits, **parts}.items():
-            if value is not None or name in ("bits", "vision", "mergers"):
+            if value is not None or name == "bits":
                 _check_choice(name, value, BITS)
         _check_choice("group_size", group_size, GROUP_SIZES)
         _check_choice("originals", originals, PLACES)
@@ -88,7 +105,12 @@ class AdaptivePrecision(Technique):
             layers=layers,
             originals=originals,
             originals_folder=originals_folder,
+            backend=backend,
         )
+        if backend == "bitsandbytes":
+            check_one_width(bits, {**parts, **(layers or {})})
+        if (bits if experts is None else experts) != PLAIN_BITS:
+            self.excludes = {"grouped_experts": "packed experts have a kernel of their own; experts=16 goes"}
         self.sensitivity: Sensitivity | None = None
         self._installed: tuple[nn.Module, Installation] | None = None
         self._asked: dict[str, int] = {}
@@ -120,6 +142,8 @@ class AdaptivePrecision(Technique):
                 than the model with all at their narrowest; the message says how much that is.
             TypeError: for samples that are no mappings.
         """
+        if self.settings["backend"] == "bitsandbytes":
+            raise ValueError("calibrate chooses among forms of backend='packed'; bitsandbytes has one for all layers.")
         _require_plain(model)
         samples = list(samples)
         targets = find_targets(model)
@@ -157,7 +181,7 @@ class AdaptivePrecision(Technique):
 
     def _group_names(self, targets: list[Target]) -> dict[str, str]:
         head = next((target.group for target in targets if target.part == "lm_head"), None)
-        together = is_tied(targets) and self.settings["embedding"] is None
+        together = is_tied(targets) and self.settings["embedding"] is None and self.settings["backend"] == "packed"
         return {x.name: head if together and x.part == "embedding" else x.group for x in targets}
 
     def _install_group(self, model, group: str, bits: int) -> Installation:
@@ -181,12 +205,23 @@ class AdaptivePrecision(Technique):
             logger.info("the model was loaded with packed weights, which stay as they are.")
             return
         _require_plain(model)
+        make_linear = None
+        if self.settings["backend"] == "bitsandbytes":
+            require_bitsandbytes(model)
+            make_linear = bitsandbytes_linear
         targets = find_targets(model)
+        if make_linear is not None and self.settings["experts"] is None and any(x.part == "experts" for x in targets):
+            raise ValueError(
+                "bitsandbytes has no layers for sparse experts; leave them by experts=16, or take backend='packed'."
+            )
         bits = self._chosen_bits(targets)
         forms = {target.name: self._forms(target, bits[target.name]) for target in targets}
         originals = Originals(self.settings["originals"], self.settings["originals_folder"])
-        self._installed = model, Installation(model, targets, forms, originals)
-        if packed_weights(model):
+        self._installed = model, Installation(model, targets, forms, originals, make_linear)
+        replaced = [name for name, _ in self._installed[1].replaced]
+        if make_linear is not None and replaced:
+            mark_bitsandbytes(model, self.settings["bits"], replaced)
+        elif replaced:
             mark_packed(model)
 
     def revert(self, model) -> None:
@@ -217,6 +252,9 @@ class AdaptivePrecision(Technique):
         if self._installed is not None and self.settings["originals"] == "keep":
             kept = sum(data.nbytes for data in self._installed[1].originals.kept.values())
             lines.append(f"{kept / 2**20:.1f} MiB of originals in memory besides")
+        if self._installed is not None and self.settings["backend"] == "bitsandbytes":
+            form = "int8" if self.settings["bits"] == 8 else "NF4"
+            lines.append(f"{len(self._installed[1].replaced)} weights in {form} of bitsandbytes")
         return "\n".join([*lines, *(f"{count} weights in {form}" for form, count in counts.items())])
 
     def _wanted(self, model, weight_name: str) -> str | None:
@@ -230,6 +268,8 @@ class AdaptivePrecision(Technique):
 
     def _bits_of_part(self, target: Target, tied: bool) -> int:
         own = self.settings["bits" if target.part == "decoder" else target.part]
+        if own is None and target.part == "embedding" and self.settings["backend"] == "bitsandbytes":
+            return PLAIN_BITS
         if own is not None:
             return own
         if target.part == "embedding":

@@ -17,6 +17,13 @@ logger = logging.get_logger(__name__)
 
 # What computes exact attention; others would change their results, or be changed, by being compiled here.
 EXACT_IMPLEMENTATIONS = ("eager", "sdpa", "qwen3_vl_exact")
+OTHER_ATTENTION = (
+    "adaptive_sparse",
+    "qwen3_vl_adaptive",
+    "qwen3_vl_block_sparse",
+    "qwen3_vl_dynamic_sparse",
+    "qwen3_vl_memory_efficient",
+)
 
 
 class CompiledDecode(Technique):
@@ -54,7 +61,10 @@ class CompiledDecode(Technique):
         "layer_recycling",
         "learned_routing",
     )
-    excludes = {"adaptive_precision": "a compiled graph cannot call the kernels for packed weights"}
+    excludes = {
+        "adaptive_precision": "a compiled graph cannot call the kernels for packed weights",
+        **dict.fromkeys(OTHER_ATTENTION, "the compiled graph computes exact attention in its own way"),
+    }
 
     def __init__(self, config=None, bucket_tokens: int = 1024, backend: str = "inductor", **unknown):
         refuse_unknown(self.name, unknown, ("bucket_tokens", "backend"))
@@ -93,6 +103,10 @@ class CompiledDecode(Technique):
         parts = {part: name for part, name in self._before.items() if part}
         model.set_attn_implementation(parts or self._before[""])
         self._before, self.step = None, None
+
+    @property
+    def failure(self) -> str | None:
+        return None if self.step is None else self.step.failure
 
     def make_cache(self, model, batch_size: int, max_length: int) -> StaticCache:
         """A static cache for `max_length` tokens a row, rounded up to whole buckets."""
@@ -212,11 +226,11 @@ def _check_room(tokens: int, capacity: int) -> None:
         )
 
 
-def _compiler_errors() -> type[Exception]:
+def _compiler_errors() -> tuple[type[Exception], ...]:
     """What the tracer and its backends raise, before anything of the graph has run."""
-    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # takes a second to import
 
-    return TorchDynamoException
+    return FailOnRecompileLimitHit, TorchDynamoException
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Products with a common input as one product, and norms and SwiGLU as one pass each."""
+"""Products with a common input as one product; norms, with the residual sum before them, and SwiGLU as one pass."""
 
 import weakref
 
@@ -6,16 +6,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..native.native_fused import is_silu, native_rms_norm, native_swiglu, supports_rms_norm, supports_swiglu
+from ..native.native_fused import (
+    is_silu,
+    native_add_rms_norm,
+    native_rms_norm,
+    native_swiglu,
+    supports_add_rms_norm,
+    supports_rms_norm,
+    supports_swiglu,
+)
 from ..native.native_linear import MOST_ROWS, native_linear, supports_linear
 from ..technique_optim import Technique, refuse_unknown
 
 
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+CHANGES_PRODUCTS = ("adaptive_precision", "layer_recycling")
+# A decoder layer of exactly these parts is attention behind one norm and a feed-forward layer behind the other.
+PRE_NORM_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 
 
 class KernelFusion(Technique):
-    """Query, key and value as one product, gate and up as one; on a CPU, RMSNorm and SwiGLU as one native pass each.
+    """Query, key and value as one product, gate and up as one; on a CPU, native passes for RMSNorm and SwiGLU.
+
+    The sum of the residual stream and attention's output is taken in the pass of the norm behind it.
 
     Exact up to the order of sums. Products of up to eight rows are fused, as in decoding; more gain nothing by it, and
     what comes behind them loses. The weights of a group move into one piece of memory, of which the parameters become
@@ -29,19 +42,22 @@ class KernelFusion(Technique):
     Args:
         config: accepted and not read.
         products (`bool`): fuse the products.
-        passes (`bool`): use the native norm and SwiGLU.
+        passes (`bool`): use the native norms, with residual sums, and SwiGLU.
     Raises:
         ValueError: for an unknown setting, if nothing is left to do, and from `apply` for what cannot be fused.
     """
 
     name = "kernel_fusion"
     exact = True
+    after = CHANGES_PRODUCTS
 
     def __init__(self, config=None, products: bool = True, passes: bool = True, **unknown):
         refuse_unknown(self.name, unknown, ("products", "passes"))
         if not (products or passes):
             raise ValueError("kernel_fusion with products=False and passes=False does nothing; leave it away.")
         super().__init__(products=products, passes=passes)
+        if products:
+            self.excludes = dict.fromkeys(CHANGES_PRODUCTS, "it leaves no plain products to fuse; products=False goes")
         self._applied: list = []
 
     def apply(self, model) -> None:
@@ -60,6 +76,7 @@ class KernelFusion(Technique):
         if self.settings["passes"]:
             self._applied += [FusedNorm(module) for module in modules if _is_rms_norm(module)]
             self._applied += [FusedSwiGLU(module) for module in modules if _is_swiglu(module)]
+            self._applied += [FusedResidual(module) for module in modules if _is_pre_norm_layer(module)]
 
     def revert(self, model) -> None:
         while self._applied:
@@ -196,8 +213,10 @@ class _Pass:
         self.replaced = vars(module).get("forward")
         module.forward = self
 
-    def plain(self, x: torch.Tensor) -> torch.Tensor:
-        return type(self.module).forward(self.module, x) if self.replaced is None else self.replaced(x)
+    def plain(self, x: torch.Tensor, **kwargs) -> torch.Tensor:
+        if self.replaced is None:
+            return type(self.module).forward(self.module, x, **kwargs)
+        return self.replaced(x, **kwargs)
 
     def put_back(self) -> None:
         if vars(self.module).get("forward") is self:
@@ -224,6 +243,34 @@ class FusedSwiGLU(_Pass):
         gate, up = module.gate_proj(x), module.up_proj(x)
         inner = native_swiglu(gate, up) if supports_swiglu(gate, up) else module.act_fn(gate) * up
         return module.down_proj(inner)
+
+
+class FusedResidual(_Pass):
+    """A decoder layer that adds attention's output and norms the sum in one pass."""
+
+    def __call__(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        layer = self.module
+        norm = layer.post_attention_layernorm
+        if self.replaced is not None or not _is_idle(norm) or not supports_rms_norm(hidden_states, norm.weight):
+            return self.plain(hidden_states, **kwargs)
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+        if supports_add_rms_norm(hidden_states, attended, norm.weight):
+            hidden_states, normed = native_add_rms_norm(hidden_states, attended, norm.weight, norm.variance_epsilon)
+            return hidden_states.add_(layer.mlp(normed))
+        hidden_states = hidden_states + attended
+        return hidden_states + layer.mlp(norm(hidden_states))
+
+
+def _is_idle(norm: nn.Module) -> bool:
+    """Whether nobody but [`FusedNorm`] wants to be called for this norm."""
+    own = isinstance(vars(norm).get("forward"), FusedNorm) and vars(norm)["forward"].replaced is None
+    return own and not (norm._forward_hooks or norm._forward_pre_hooks)
+
+
+def _is_pre_norm_layer(module: nn.Module) -> bool:
+    return {name for name, _ in module.named_children()} == PRE_NORM_LAYER and _is_rms_norm(
+        module.post_attention_layernorm
+    )
 
 
 def _is_rms_norm(module: nn.Module) -> bool:

@@ -175,6 +175,19 @@ def loaded_recycled(model) -> RecyclingSaver | None:
     return saver
 
 
-# Not by the decorators, which refuse a second registration, as from a Hub copy beside the package.
-AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = RecyclingConfig
-AUTO_QUANTIZER_MAPPING[METHOD] = RecyclingLoader
+def register_loader() -> None:
+    """Makes `from_pretrained` know folders with shared layers; again, after [`withdraw_loader`]."""
+    # Not by the decorators, which refuse a second registration, as from a Hub copy beside the package.
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = RecyclingConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = RecyclingLoader
+
+
+def withdraw_loader() -> None:
+    """Takes our names out of the tables of `transformers`, unless another copy of this code has put its own there."""
+    tables = (AUTO_QUANTIZATION_CONFIG_MAPPING, RecyclingConfig), (AUTO_QUANTIZER_MAPPING, RecyclingLoader)
+    for table, ours in tables:
+        if table.get(METHOD) is ours:
+            del table[METHOD]
+
+
+register_loader()

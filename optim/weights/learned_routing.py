@@ -31,8 +31,9 @@ class LearnedActivationRouting(Technique):
 
     A sequence that begins is ranked as a whole, so a visual token's place may depend on later ones; a sequence that
     goes on behind a cache (decoding, later chunks of a prompt) asks the predictor, token by token, and is causal.
-    Blocks compute routed forward passes with PyTorch's SDPA, whatever the attention implementation; where nothing may
-    be skipped, as when text is decoded, and at capacity 1.0 they run as they are, bit-identical.
+    Blocks compute routed forward passes with exact attention, whatever the attention implementation: bfloat16 on a CPU
+    by a kernel of ours, else PyTorch's SDPA. Where nothing may be skipped, as when text is decoded, and at capacity
+    1.0 they run as they are, bit-identical.
 
     To train: `freeze_others(model)`, an optimizer over what it returns, and `training_loss(outputs)` in place of
     `outputs.loss`; with the Trainer `compute_loss_func=routing.trainer_loss(model)`. `save_pretrained` writes official
@@ -53,6 +54,8 @@ class LearnedActivationRouting(Technique):
 
     name = "learned_routing"
     exact = False
+    # Routers are no weights to share or to pack.
+    after = ("adaptive_precision", "layer_recycling")
 
     def __init__(self, config=None, capacity=0.5, blocks=None, tokens="visual", predictor_size=32, **unknown):
         refuse_unknown(self.name, unknown, ("capacity", "blocks", "tokens", "predictor_size"))

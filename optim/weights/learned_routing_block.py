@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from ..attention.attention_layout import AttentionLayout
 from ..attention.attention_technique import refuse_attention_weights
+from ..native.native_attention import has_bf16_products, native_blocks, supports
 
 
-# Queries computed at once; those to the front need not read the keys behind them.
-QUERY_STEP = 512
+# Queries that PyTorch computes at once; those to the front need not read the keys behind them.
+QUERY_STEP = 256
 
 
 def checkpointed_block_on_some(layer: nn.Module, hidden_states, computed, gates, **kwargs) -> torch.Tensor:
@@ -113,13 +114,18 @@ def _attend_in_rows(attention, query, key, value, computed, mask) -> torch.Tenso
     padded = query.new_zeros(batch * widest, *query.shape[1:])
     padded = padded.index_copy(0, filled.flatten().nonzero().squeeze(-1), query)
     padded = padded.view(batch, widest, *query.shape[1:]).transpose(1, 2)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    mask = _layout_of(mask, length, key.shape[2])
+    if isinstance(mask, AttentionLayout) and not dropout and _native_wins(padded, key, value):
+        # Rising to the end also where rows are filled up.
+        rising = torch.where(filled, places, length - 1) + mask.query_offset
+        return native_blocks(padded, key, value, mask, attention.scaling, places=rising)[filled]
     groups = attention.num_key_value_groups
     key, value = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (key, value))
-    dropout = attention.attention_dropout if attention.training else 0.0
     outputs = []
     for start in range(0, widest, QUERY_STEP):
         own = slice(start, start + QUERY_STEP)
-        seen = _mask_of(mask, places[:, own], length, key.shape[2], attention)
+        seen = _mask_of(mask, places[:, own], key.shape[2])
         if seen.dtype == torch.bool:
             seen = seen | ~filled[:, None, own, None]
         keys = seen.shape[-1]
@@ -132,15 +138,26 @@ def _attend_in_rows(attention, query, key, value, computed, mask) -> torch.Tenso
     return output[filled]
 
 
-def _mask_of(mask, places: torch.Tensor, length: int, keys: int, attention) -> torch.Tensor:
+def _native_wins(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether our tiles take the tensors and are faster than PyTorch's, which need a dense mask."""
+    faster = query.dtype == torch.bfloat16 and has_bf16_products() and not torch.cpu._is_amx_tile_supported()
+    return faster and supports(query, key, value)
+
+
+def _layout_of(mask, length: int, keys: int):
+    """The mask of `length` new tokens and `keys` in all as a layout, if it is one; else the mask."""
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        return AttentionLayout(keys - length, mask[:, -keys:].bool())
+    if mask is None:  # what SDPA makes of that: a single query sees all, several begin at the first key
+        return AttentionLayout(keys - 1 if length == 1 else 0)
+    return mask
+
+
+def _mask_of(mask, places: torch.Tensor, keys: int) -> torch.Tensor:
     """What the new tokens at `places` (B, N) see, (B, 1 or heads, N, keys): boolean, or what is added to the scores.
 
     Where the mask is known to be causal, the keys behind the last of the tokens are left out.
     """
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        mask = AttentionLayout(keys - length, mask[:, -keys:].bool())
-    if mask is None:  # what SDPA makes of that: a single query sees all, several begin at the first key
-        mask = AttentionLayout(keys - 1 if length == 1 else 0)
     if isinstance(mask, AttentionLayout):
         ends = places + mask.query_offset
         keys = int(ends.max()) + 1

@@ -123,7 +123,8 @@ def unpack_codes(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | 
 def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x` (..., inputs) times a packed weight (outputs, inputs), turned, plus `bias`: (..., outputs) of `x`'s dtype.
 
-    Up to 24 rows are multiplied with the packed bytes, more with weights that are unpacked a few million at a time.
+    Up to 96 rows are multiplied by kernels that read the packed bytes, more with weights that are unpacked a few
+    million at a time.
     Gradients reach `x` and `bias`, never the weight.
     """
     trained = bias is not None and bias.requires_grad

@@ -1,6 +1,6 @@
 """Puts packed modules in the place of plain ones, and takes them out again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -23,11 +23,20 @@ class Installation:
         targets (`list[Target]`): of that model.
         forms (`dict`): `{target name: {weight name: Form}}`.
         originals (`Originals`): gets the weights.
+        make_linear (callable, *optional*): a linear layer and its bits to what takes its place; by default a
+            `PackedLinear` of ours. With it nothing but linear layers can be packed.
     Raises:
         ValueError: if a weight cannot be packed; the model is as it was.
     """
 
-    def __init__(self, model: nn.Module, targets: list[Target], forms: Mapping[str, dict], originals: Originals):
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: list[Target],
+        forms: Mapping[str, dict],
+        originals: Originals,
+        make_linear: Callable[[nn.Linear, int], nn.Module] | None = None,
+    ):
         self.model, self.originals = model, originals
         self.replaced: list[tuple[str, nn.Module]] = []
         self.plain_attributes = {}
@@ -38,13 +47,16 @@ class Installation:
         still_plain = {weight for target in targets if target not in chosen for _, weight in target.weights()}
         try:
             for target in chosen:
+                if make_linear is not None:
+                    self._put(target, make_linear(target.module, forms[target.name]["weight"].bits))
+                    continue
                 packed = {}
                 for name, weight in target.weights():
                     key = weight, forms[target.name][name]
                     if key not in shared:
                         shared[key] = pack_matrix(weight, key[1])
                     packed[name] = shared[key]
-                self._replace(target, packed)
+                self._put(target, _packed_module(target, packed))
             for target in chosen:
                 for _, weight in target.weights():
                     if weight not in still_plain:
@@ -57,21 +69,14 @@ class Installation:
         if tied:
             self._note_tie([target for target in targets if target.part in ("lm_head", "embedding")])
 
-    def _replace(self, target: Target, packed: dict[str, PackedMatrix]) -> None:
-        old = target.module
-        if target.part == "experts":
-            new = PackedExperts(packed["gate_up_proj"], packed["down_proj"], old.act_fn)
-        elif target.part == "embedding":
-            new = PackedEmbedding(packed["weight"], old.padding_idx)
-        else:
-            new = PackedLinear(packed["weight"], old.bias)
-        self.replaced.append((target.name, old))
-        self.model.set_submodule(target.name, new.train(old.training))
+    def _put(self, target: Target, new: nn.Module) -> None:
+        self.replaced.append((target.name, target.module))
+        self.model.set_submodule(target.name, new.train(target.module.training))
 
     def _note_tie(self, pair: list[Target]) -> None:
         """Says in the model whether head and embedding are still one weight, so that it is saved and loaded so."""
         now = [self.model.get_submodule(target.name) for target in pair]
-        if not any(isinstance(module, PackedLinear | PackedEmbedding) for module in now):
+        if all(module is target.module for module, target in zip(now, pair, strict=True)):
             return
         one = getattr(now[0], "matrix", None) is not None and now[0].matrix is getattr(now[1], "matrix", None)
         self._set(self.model, "all_tied_weights_keys", {})
@@ -92,9 +97,8 @@ class Installation:
         Raises:
             ValueError: if the weights were dropped; the model stays packed.
         """
-        device = next(
-            (b.device for m in self.model.modules() if isinstance(m, PackedMatrix) for b in m.buffers()), None
-        )
+        now = self.model.get_submodule(self.replaced[0][0]) if self.replaced else self.model
+        device = next((x.device for x in (*now.buffers(), *now.parameters())), None)
         self.originals.give_back(device)
         self._undo_modules()
 
@@ -105,6 +109,15 @@ class Installation:
         for (_, name), (owner, value) in self.plain_attributes.items():
             setattr(owner, name, value)
         self.plain_attributes.clear()
+
+
+def _packed_module(target: Target, packed: dict[str, PackedMatrix]) -> nn.Module:
+    old = target.module
+    if target.part == "experts":
+        return PackedExperts(packed["gate_up_proj"], packed["down_proj"], old)
+    if target.part == "embedding":
+        return PackedEmbedding(packed["weight"], old.padding_idx)
+    return PackedLinear(packed["weight"], old.bias)
 
 
 def pack_matrix(weight, form: Form) -> PackedMatrix:

@@ -72,8 +72,8 @@ class PackedQuantizer(HfQuantizer):
         return flatten_tensor_state_dict({**state, **written})
 
     def _dequantize(self, model, dtype=None):
-        """Plain modules with the rounded weights."""
-        unpack_model(model, dtype)
+        """Plain modules with the rounded weights; a configuration that was saved names its dtype as text."""
+        unpack_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model
 
 
@@ -91,8 +91,9 @@ def mark_packed(model, from_folder: bool = False) -> None:
 
 
 def unmark_packed(model) -> None:
-    """Takes back what `mark_packed` and saving wrote."""
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+    """Takes back what `mark_packed`, `mark_bitsandbytes` and saving wrote."""
+    loaded = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+    for name in ("hf_quantizer", "is_quantized", "quantization_method", *loaded):
         vars(model).pop(name, None)
     vars(model.config).pop("quantization_config", None)
 
@@ -192,7 +193,7 @@ def _adopted(module: nn.Module, dtype: torch.dtype, matrices: dict[int, PackedMa
     if isinstance(module, nn.Embedding) and matrix("weight") is not None:
         return PackedEmbedding(matrix("weight"), module.padding_idx)
     if all(matrix(name) is not None for name in EXPERT_WEIGHTS):
-        return PackedExperts(*(matrix(name) for name in EXPERT_WEIGHTS), module.act_fn)
+        return PackedExperts(*(matrix(name) for name in EXPERT_WEIGHTS), module)
     return None
 
 
@@ -205,15 +206,11 @@ def _plain_dtype(model: nn.Module) -> torch.dtype:
 
 
 def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Puts plain linear layers and embeddings with the rounded weights in the place of packed ones.
-
-    Raises:
-        NotImplementedError: for packed experts, whose plain class is not known here.
-    """
+    """Puts plain linear layers, embeddings and experts with the rounded weights in the place of packed ones."""
     weights: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedExperts):
-            raise NotImplementedError(f"{name} cannot be turned into plain experts; load the unpacked checkpoint.")
+            model.set_submodule(name, module.unpack(dtype))
         if not isinstance(module, PackedLinear | PackedEmbedding):
             continue
         key = id(module.matrix)

@@ -1,6 +1,6 @@
 """Sparse experts whose weights are packed bytes."""
 
-from collections.abc import Callable
+import copy
 
 import torch
 from torch import nn
@@ -15,12 +15,13 @@ class PackedExperts(nn.Module):
     Args:
         gate_up (`PackedMatrix`): (experts, 2 * inner, hidden).
         down (`PackedMatrix`): (experts, hidden, inner).
-        act_fn (callable): on the gate.
+        plain (`nn.Module`): the experts that were packed; their weights are let go of.
     """
 
-    def __init__(self, gate_up: PackedMatrix, down: PackedMatrix, act_fn: Callable):
+    def __init__(self, gate_up: PackedMatrix, down: PackedMatrix, plain: nn.Module):
         super().__init__()
-        self.gate_up, self.down, self.act_fn = gate_up, down, act_fn
+        self.gate_up, self.down, self.act_fn = gate_up, down, plain.act_fn
+        self._shell = (_without_weights(plain),)  # in a tuple it is no part of this module
         self.num_experts, self.hidden_dim, self.intermediate_dim = down.shape
 
     def forward(
@@ -46,3 +47,18 @@ class PackedExperts(nn.Module):
         weighted = torch.cat(outputs) * top_k_weights.flatten()[by_expert, None]
         in_order = torch.empty_like(weighted).index_copy(0, by_expert, weighted)
         return in_order.view(-1, k, self.hidden_dim).sum(1).to(hidden_states.dtype)
+
+    def unpack(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Experts of the plain class with the rounded weights."""
+        plain = _without_weights(self._shell[0])
+        for name, matrix in (("gate_up_proj", self.gate_up), ("down_proj", self.down)):
+            setattr(plain, name, nn.Parameter(matrix.unpack().to(dtype or matrix.like.dtype)))
+        return plain.train(self.training)
+
+
+def _without_weights(experts: nn.Module) -> nn.Module:
+    """A copy that shares everything but the parameters, which it lacks, and what stands in for its `forward`."""
+    shell = copy.copy(experts)
+    vars(shell).pop("forward", None)
+    shell._parameters = dict.fromkeys(experts._parameters)
+    return shell

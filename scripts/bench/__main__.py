@@ -93,6 +93,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--way", action="append", metavar="NAME", help="of a row with several ways, this and stock")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: proves that a case works, no figures")
     parser.add_argument("--against-itself", action="store_true", help="stock on both sides: shows the noise")
+    parser.add_argument(
+        "--peer", type=Path, metavar="LLAMA_BENCH", help="profiles: a column of llama.cpp's bench tool"
+    )
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "bench", help="default: docs/bench")
     options = parser.parse_args()
     unknown = sorted(set(options.cases) - set(CASES))
@@ -114,6 +117,7 @@ def make_settings(options: argparse.Namespace) -> Settings:
         quick=quick,
         against_itself=options.against_itself,
         rows=options.rows or "",
+        peer=options.peer,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,12 @@ def build_pair(
     ours.load_state_dict(stock.state_dict(), strict=True, assign=True)
     ours.tie_weights()
     return ModelPair(ours, stock)
+
+
+def sharing_weights(model: Any) -> Any:
+    """The same model again, whose parameters lie where those of the other do until a technique replaces them."""
+    memory = {id(one): torch.nn.Parameter(one.detach(), one.requires_grad) for one in model.parameters()}
+    return copy.deepcopy(model, memory)
 
 
 def without_compiled(work: Callable[[], Any]) -> Callable[[], Any]:

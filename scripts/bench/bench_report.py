@@ -15,7 +15,9 @@ def print_table(console: Console, name: str, records: list[dict[str, Any]], mach
     versions = machine["versions"]
     compared = any(record.get("against") for record in records)
     detailed = any(record.get("details") for record in records)
-    headings = ["row", "ours", "stock", "speed-up", *["beside"] * compared, "ours MiB", "stock MiB", "agreement"]
+    peered = any("peer_ms" in record.get("details", {}) for record in records)
+    headings = ["row", "ours", "stock", "speed-up", *["llama.cpp"] * peered, *["beside"] * compared]
+    headings += ["ours MiB", "stock MiB", "agreement"]
     table = Table(title=f"{name} on {machine['device']}", title_justify="left")
     for heading in [*headings, *["details"] * detailed]:
         table.add_column(heading, justify="left" if heading in ("row", "beside", "agreement", "details") else "right")
@@ -33,6 +35,7 @@ def print_table(console: Console, name: str, records: list[dict[str, Any]], mach
             _figure(record, "ours"),
             _figure(record, "stock"),
             f"{record['speedup']:.2f}x ({pairs['min']:.2f} - {pairs['max']:.2f})",
+            *[_peer(record)] * peered,
             *[_against(record)] * compared,
             _memory(record["ours"]["peak_mib"]),
             _memory(record["stock"]["peak_mib"]),
@@ -96,6 +99,15 @@ def _agreement(figures: dict[str, Any]) -> str:
 
 def _against(record: dict[str, Any]) -> str:
     return "\n".join(f"{ratio:.2f}x {name}" for name, ratio in record.get("against", {}).items())
+
+
+def _peer(record: dict[str, Any]) -> str:
+    """Another program's time, and how much faster we are."""
+    figures = record.get("details", {})
+    if "peer_ms" not in figures:
+        return "-"
+    ratio = figures["peer_ms"] / record["ours"]["median_ms"]
+    return f"{figures['peer']} {figures['peer_ms']:.1f} ms, {ratio:.2f}x"
 
 
 def _details(figures: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ class Settings:
     quick: bool
     against_itself: bool
     rows: str = ""  # only those whose label has it
+    peer: Path | None = None  # llama-bench, for the cases that compare with it
 
     def torch_dtype(self, name: str) -> torch.dtype:
         return getattr(torch, name)

@@ -6,17 +6,17 @@ timed. All models share one set of weights.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from bench_contest import Contest, Way
 from bench_measure import tensor_agreement
-from bench_pair import ModelPair, build_pair
+from bench_pair import ModelPair, sharing_weights
 from bench_settings import Settings
-from case_decode import filled
+from case_decode import decode_behind, decode_rows, filled
 from transformers import DynamicCache
 
 
@@ -24,24 +24,9 @@ DTYPES = ("bfloat16", "float32")
 
 
 def rows(settings: Settings) -> Iterator[Contest]:
-    steps = 2 if settings.quick else 8
-    for dtype_name in settings.dtypes[:1] if settings.quick else settings.dtypes:  # each waits for the compiler
-        dtype = settings.torch_dtype(dtype_name)
-        pair = cache(partial(build_pair, settings, dtype))
-        tokens = 64 if settings.quick else 1024
-        yield Contest(
-            label=f"{tokens:,} cached, {dtype_name}",
-            sizes={
-                "phase": "decode",
-                "context": tokens,
-                "dtype": dtype_name,
-                "steps": steps,
-                "text_layers": settings.text_layers,
-            },
-            ways=partial(_ways, pair, settings, dtype, tokens, steps),
-            agreement=_agreement,
-            calls=steps,
-        )
+    dtypes = settings.dtypes[:1] if settings.quick else settings.dtypes  # each waits for the compiler
+    contexts = (64,) if settings.quick else (1024,)
+    return decode_rows(replace(settings, dtypes=dtypes), "decode", _ways, contexts, _agreement)
 
 
 def _ways(
@@ -58,11 +43,13 @@ def _ways(
     fill = partial(filled, layers=settings.text_layers, tokens=tokens, dtype=dtype, device=settings.device)
 
     def way(model: Any, history: Any, **options: Any) -> Way:
-        work = partial(_decode, model, history, tokens=tokens, steps=steps, device=settings.device)
+        work = partial(
+            torch.no_grad()(decode_behind), model, history, tokens=tokens, steps=steps, device=settings.device
+        )
         return Way(work, prepare=partial(_back_to, history, tokens), **options)
 
     def with_techniques(*techniques: Any) -> Any:
-        model = _sharing_weights(models.ours)
+        model = sharing_weights(models.ours)
         model.set_attn_implementation(EXACT)
         for technique in techniques:
             technique.apply(model)
@@ -94,10 +81,6 @@ def _agreement(output: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
     return {**tensor_agreement(output, reference), "equal_best_tokens": equal}
 
 
-def _sharing_weights(model: Any) -> Any:
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
-
 def _back_to(history: Any, tokens: int) -> None:
     """Drops what earlier runs added; a static cache only has its counts put back."""
     if history.is_compileable:
@@ -105,20 +88,3 @@ def _back_to(history: Any, tokens: int) -> None:
             layer.cumulative_length.fill_(tokens)
     elif history.get_seq_length() > tokens:
         history.crop(tokens - history.get_seq_length())
-
-
-@torch.no_grad()
-def _decode(model: Any, history: Any, *, tokens: int, steps: int, device: str) -> torch.Tensor:
-    """Logits (1, steps, vocabulary) of `steps` tokens, the same ones for every model."""
-    mask = torch.ones(1, tokens + steps, dtype=torch.long, device=device)
-    logits = []
-    for step in range(steps):
-        output = model(
-            input_ids=torch.full((1, 1), 100 + step, device=device),
-            attention_mask=mask[:, : tokens + step + 1],
-            position_ids=torch.full((3, 1, 1), tokens + step, device=device),
-            past_key_values=history,
-            use_cache=True,
-        )
-        logits.append(output.logits)
-    return torch.cat(logits, dim=1)

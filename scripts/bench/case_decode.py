@@ -27,13 +27,19 @@ def rows(settings: Settings) -> Iterator[Contest]:
     return decode_rows(settings, "decode", _ways)
 
 
-def decode_rows(settings: Settings, phase: str, make_ways: Callable[..., dict[str, Way]]) -> Iterator[Contest]:
+def decode_rows(
+    settings: Settings,
+    phase: str,
+    make_ways: Callable[..., dict[str, Way]],
+    contexts: tuple[int, ...] | None = None,
+    agreement: Callable[..., dict[str, Any]] = tensor_agreement,
+) -> Iterator[Contest]:
     """A contest for each context length, between the ways that `make_ways` gives to decode a few tokens."""
     steps = 2 if settings.quick else 8
     for dtype_name in settings.dtypes:
         dtype = settings.torch_dtype(dtype_name)
         pair = cache(partial(build_pair, settings, dtype))  # built only if a row is wanted
-        for tokens in (64, 512) if settings.quick else (1024, 8192, 32768):
+        for tokens in contexts or ((64, 512) if settings.quick else (1024, 8192, 32768)):
             yield Contest(
                 label=f"{tokens:,} cached, {dtype_name}",
                 sizes={
@@ -44,7 +50,7 @@ def decode_rows(settings: Settings, phase: str, make_ways: Callable[..., dict[st
                     "text_layers": settings.text_layers,
                 },
                 ways=partial(make_ways, pair, settings, dtype, tokens, steps),
-                agreement=tensor_agreement,
+                agreement=agreement,
                 calls=steps,
                 most_repeats=5 if tokens > 16384 else None,
             )
@@ -56,11 +62,12 @@ def _ways(
     from qwen3_vl.optim.attention.attention_dynamic_sparse import NAME as DYNAMIC_SPARSE
     from qwen3_vl.optim.attention.attention_exact import NAME as EXACT
     from qwen3_vl.optim.cache.cache_paged import PagedKVCache
+    from qwen3_vl.optim.cache.cache_quantized import QuantizedKVCache
     from qwen3_vl.optim.weights.linear_decode import DecodeLinear
 
     models, linear = pair(), DecodeLinear()
     fill = partial(filled, layers=settings.text_layers, tokens=tokens, dtype=dtype, device=settings.device)
-    dynamic, paged = fill(DynamicCache()), fill(PagedKVCache())
+    dynamic, paged, int4 = fill(DynamicCache()), fill(PagedKVCache()), fill(QuantizedKVCache(bits=4))
     work = partial(decode, steps=steps, device=settings.device)
 
     def way(model: Any, implementation: str, history: Any, native_linear: bool = False, **options: Any) -> Way:
@@ -79,6 +86,10 @@ def _ways(
         "exact, paged, linear": way(models.ours, EXACT, paged, native_linear=True, against=("exact, paged",)),
         "dynamic sparse, paged": way(models.ours, DYNAMIC_SPARSE, paged, against=("exact, paged",)),
         "dynamic sparse, paged, linear": way(models.ours, DYNAMIC_SPARSE, paged, native_linear=True),
+        "exact, int4, linear": way(models.ours, EXACT, int4, native_linear=True),
+        "dynamic sparse, int4, linear": way(
+            models.ours, DYNAMIC_SPARSE, int4, native_linear=True, against=("exact, int4, linear",)
+        ),
     }
     if torch.device(settings.device).type == "cpu":
         plain = way(models.ours, EXACT, dynamic)
@@ -102,7 +113,11 @@ def filled(history: Any, *, layers: int, tokens: int, dtype: torch.dtype, device
 @torch.inference_mode()
 def decode(model: Any, history: Any, *, steps: int, device: str) -> torch.Tensor:
     """Logits (1, steps, vocabulary) of `steps` tokens, the same ones for every model, as `generate()` calls it."""
-    tokens = history.get_seq_length()
+    return decode_behind(model, history, tokens=history.get_seq_length(), steps=steps, device=device)
+
+
+def decode_behind(model: Any, history: Any, *, tokens: int, steps: int, device: str) -> torch.Tensor:
+    """As [`decode`] behind so many tokens, for a cache that counts them on the device."""
     mask = torch.ones(1, tokens + steps, dtype=torch.long, device=device)
     logits = []
     for step in range(steps):

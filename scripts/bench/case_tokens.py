@@ -156,20 +156,21 @@ def _page_ways(settings: Settings, dtype: torch.dtype, grid: tuple[int, int]) ->
     grid_thw = torch.tensor([[1, *grid]], device=settings.device)
     active: list[Any] = []
 
-    def way(area: int | None) -> Way:
+    def way(depth: float | None) -> Way:
         def prepare() -> None:
             while active:
                 active.pop().revert(pair.ours)
-            if area is not None:
-                active.append(RepeatedPatchRemoval(area=area))
+            if depth is not None:
+                active.append(RepeatedPatchRemoval(depth=depth))
                 active[-1].apply(pair.ours)
 
-        return Way(partial(_encode, pair.ours, pixels, grid_thw), prepare=prepare)
+        against = () if depth is None else ("all patches",)
+        return Way(partial(_encode, pair.ours, pixels, grid_thw), prepare=prepare, against=against)
 
     return {
         "stock": Way(partial(_encode, pair.stock, pixels, grid_thw)),
         "all patches": way(None),
-        **{f"blocks of {area}x{area}": way(area) for area in (2, 4, 8)},
+        **{f"flat squares shared in {depth:.0%} of the blocks": way(depth) for depth in (0.5, 1.0)},
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from bench_contest import Contest, Way
 from bench_measure import tensor_agreement
-from bench_pair import build_pair, picture_inputs
+from bench_pair import build_pair, picture_inputs, sharing_weights
 from bench_settings import Settings
 from case_decode import decode, filled
 from transformers import DynamicCache
@@ -57,27 +57,13 @@ def _models(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
     if not settings.quick:
         forms["int4, groups of 32"] = {"bits": 4, "group_size": 32}
     for name, options in forms.items():
-        packed = _twin(pair.ours)
-        packed.load_state_dict(pair.ours.state_dict(), strict=True, assign=True)
-        packed.tie_weights()
+        packed = sharing_weights(pair.ours)
         AdaptivePrecision(**options, vision=16, mergers=16, originals="drop").apply(packed)
         models[name] = packed
     for name, model in models.items():
         if name != "stock":
             model.set_attn_implementation(EXACT)
     return models
-
-
-def _twin(model: Any) -> Any:
-    """The same architecture without weights of its own."""
-    import copy
-
-    with torch.device("meta"):
-        twin = type(model)(copy.deepcopy(model.config))
-    for name, buffer in model.named_buffers():  # rotary tables are in no state dict
-        owner = twin.get_submodule(name.rpartition(".")[0])
-        owner._buffers[name.rpartition(".")[2]] = buffer
-    return twin.eval()
 
 
 def _held(model: Any) -> dict[str, Any]:

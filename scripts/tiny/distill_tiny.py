@@ -1,5 +1,6 @@
 """What `recycle_tiny` and `route_tiny` share: batches, the full model's states as targets, and the evaluation."""
 
+import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoProcessor
 
 from .data_batches import ConversationEncoder, MicroBatch
 from .data_material import REPOSITORY, Material, load_material
@@ -30,7 +32,7 @@ from .data_mix import (
 )
 from .data_tasks import Sample
 from .evaluate import evaluate_model, load_checkpoint
-from .model_tiny import MODEL_CLASS, batch_features, branch_mask, rms_norm, text_layer, tiny_config
+from .model_tiny import MODEL_CLASS, batch_features, decoder_start, rms_norm, text_layer, tiny_config
 from .tokenizer_tiny import build_tokenizer
 
 
@@ -39,7 +41,7 @@ BENCH = REPOSITORY / "docs" / "bench"
 # Like the training's seeds the first number tells streams apart; the evaluation has another one.
 SEED = 20261124
 POINTS = 100
-EMOJI_ROWS = 32
+EMOJI_ROWS = 64
 # Rows of the evaluation that are no questions of their own.
 POOLS = ("scenes", "long", "text_characters")
 
@@ -55,8 +57,8 @@ def load_tiny(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 def spoken_batches(steps: int, draws: int = 1) -> Iterator[list[MicroBatch]]:
     """The micro-batches of `steps` steps, from the training's generators at full difficulty.
 
-    What takes the decoder longest to learn comes in every step, `draws` times: text, scenes, several pictures, and
-    many emoji, whose names are most of what it knows by heart.
+    What takes the decoder longest to learn comes in every step, `draws` times: text, scenes, and many emoji, whose
+    names are most of what it knows by heart; several pictures in every other step, digits and large canvases in turns.
     """
     material = load_material()
     encoder = ConversationEncoder(build_tokenizer(material.names))
@@ -68,15 +70,15 @@ def spoken_batches(steps: int, draws: int = 1) -> Iterator[list[MicroBatch]]:
 
 def draw_spoken(rng: np.random.Generator, material: Material, step: int) -> list[list[Sample]]:
     """Groups of samples of one picture size each."""
-    side = draw_side(rng, 1.0, (64, 96, 128, 192, 256))
+    side, emoji_side = draw_side(rng, 1.0, (64, 96, 128, 192, 256)), draw_side(rng, 1.0, (64, 96, 128))
     groups = [
         draw_text_batch(rng, material, ROWS["text"], LONGEST_TEXT, made_up=SPOKEN_MADE_UP),
         draw_scenes(rng, rows_of(ROWS["scene"], side), side, most=6),
-        draw_several(rng, material, MOST_PICTURES, 1.0),
+        draw_emoji_batch(rng, material, rows_of(EMOJI_ROWS, emoji_side), emoji_side),
     ]
-    side = draw_side(rng, 1.0, (64, 96, 128))
-    groups.append(draw_emoji_batch(rng, material, rows_of(EMOJI_ROWS, side), side))
     if step % 2:
+        groups.append(draw_several(rng, material, MOST_PICTURES, 1.0))
+    if step % 4 in (0, 1):
         groups.append(draw_large(rng, material, LONGEST_TEXT))
     else:
         groups.append(draw_digits(rng, material, ROWS["digit"] // 3, draw_side(rng, 1.0, (64, 96))))
@@ -91,16 +93,12 @@ def decoder_states(
     `layer_of` runs one layer; it takes what `text_layer` takes.
     """
     text = model.model.language_model
-    mask = branch_mask(batch, features[0].dtype)
-    places = torch.from_numpy(batch.visual_index)
-    slots, predict = torch.from_numpy(batch.slots), torch.from_numpy(batch.predict_index)
-    hidden = text.embed_tokens(torch.from_numpy(batch.input_ids)).index_copy(0, places, features[0])
-    cos, sin = text.rotary_emb(hidden, torch.from_numpy(batch.position_ids)[:, None])
-    cos, sin = cos[0, :, None], sin[0, :, None]
+    places, predict = torch.from_numpy(batch.visual_index), torch.from_numpy(batch.predict_index)
+    hidden, tables = decoder_start(model, batch, features)
     states = []
     for number, layer in enumerate(text.layers):
         last = number + 1 == len(text.layers)
-        hidden = layer_of(layer, hidden, cos, sin, slots, mask, predict if last else None)
+        hidden = layer_of(layer, hidden, *tables, predict if last else None)
         if number + 1 < len(features):
             hidden = hidden.index_add(0, places, features[number + 1])
         states.append(hidden)
@@ -163,12 +161,42 @@ def write_result(name: str, result: dict) -> None:
     print(f"wrote {path}")
 
 
-class Clock:
-    """Seconds since it was made."""
+def add_arguments(parser: argparse.ArgumentParser, folder: Path) -> None:
+    parser.add_argument("--folder", type=Path, default=folder, help="for the checkpoints (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="at most this many questions a row of the evaluation")
+    parser.add_argument("--threads", type=int, default=1)
 
-    def __init__(self):
+
+def save_checkpoint(model: nn.Module, folder: Path, **options) -> int:
+    """Writes the model, with options of its `save_pretrained`, and the processor; the bytes of the weights."""
+    model.save_pretrained(folder, **options)
+    AutoProcessor.from_pretrained(CHECKPOINT).save_pretrained(folder)
+    return (folder / "model.safetensors").stat().st_size
+
+
+class TrainingLog:
+    """Means of what is measured, a row every few steps, printed and kept in `rows`.
+
+    Args:
+        steps: of the whole training.
+        every: so many steps a row.
+    """
+
+    def __init__(self, steps: int, every: int):
+        self.steps, self.every = steps, every
         self.started = time.monotonic()
+        self.figures: dict[str, list[float]] = {}
+        self.rows: list[dict] = []
 
-    @property
-    def seconds(self) -> float:
-        return round(time.monotonic() - self.started, 1)
+    def add(self, **figures: float) -> None:
+        for name, value in figures.items():
+            self.figures.setdefault(name, []).append(value)
+
+    def end_step(self, step: int) -> None:
+        if (step + 1) % self.every and step + 1 < self.steps:
+            return
+        row = {"step": step + 1} | {name: sum(values) / len(values) for name, values in self.figures.items()}
+        row["seconds"] = round(time.monotonic() - self.started, 1)
+        print(", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+        self.rows.append(row)
+        self.figures.clear()

@@ -219,13 +219,14 @@ def main() -> None:
     parser.add_argument("--attn-implementation", help="attention by name, as in from_pretrained")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
     parser.add_argument("--techniques", action="store_true", help="what each technique costs, into docs/bench")
+    parser.add_argument("--only", metavar="PATTERN", help="with --techniques: the rows of these names, as '*visual*'")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if arguments.techniques:
         from .evaluate_techniques import report_techniques
 
-        report_techniques(arguments.model, arguments.limit)
+        report_techniques(arguments.model, arguments.limit, arguments.only)
         return
     model, processor = load_checkpoint(arguments.model, arguments.attn_implementation, arguments.dtype)
     result = evaluate_model(model, processor, arguments.tasks, arguments.limit, keep_answers=arguments.answers)

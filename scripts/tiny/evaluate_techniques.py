@@ -6,9 +6,14 @@ small blocks; their defaults would compute everything. Writes `docs/bench/qualit
 
 import json
 import math
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
+
+from qwen3_vl.configuration.profile_presets import PRESETS
+from qwen3_vl.configuration.profile_qwen3_vl import UnifiedConfig
 
 from .data_evaluation import TASKS, draw_question, evaluation_set
 from .data_material import REPOSITORY, load_material
@@ -21,9 +26,30 @@ SMALL_PAGES = {"page_tokens": 8}
 # Prompts here are shorter than the default window, so that nothing would be packed.
 SMALL_GROUPS = {"group_size": 32, "residual_tokens": 1}
 POLICIES = ("modality", "snapkv", "pyramid", "h2o", "streaming", "random")
+# The larger pictures have 36 to 64 tokens and the others 4 to 16, which a picture of a preset keeps at least.
+SMALL_PICTURES = {"min_tokens": 16}
+# A quarter of the visual tokens, and everything else packed or left out; groups and blocks as small as prompts here.
+COMPOSITION = {
+    "token_merging": {"keep_ratio": 0.25, **SMALL_PICTURES},
+    "adaptive_precision": {"bits": 4},
+    "quantized_cache": {"bits": 4, **SMALL_GROUPS},
+    "qwen3_vl_dynamic_sparse": {},
+}
+SPARSE = {**DYNAMIC, "threshold": 0.95, "decode_share": 0.5}
 TOKEN_POLICIES = ("merge", "tome", "divprune", "fastv", "sparsevlm", "uniform", "random")
 MEASURED = "measured"
 CALIBRATION_STREAM, CALIBRATION_SAMPLES = 1_000_004, 6
+
+
+def small_preset(name: str) -> dict:
+    """The techniques of a preset, with groups of the cache and pictures that stay as small as things are here."""
+    named = UnifiedConfig.from_preset(name).techniques()
+    for technique, small in (("quantized_cache", SMALL_GROUPS), ("token_merging", SMALL_PICTURES)):
+        if technique in named:
+            named[technique] |= small
+    return named
+
+
 PROFILES = {
     "plain": {},
     "exact, paged cache, decode_linear": {"qwen3_vl_exact": {}, "paged_cache": {}, "decode_linear": {}},
@@ -50,6 +76,11 @@ PROFILES = {
         for policy in TOKEN_POLICIES
     },
     "repeated patches": {"repeated_patches": {}},
+    **{f"weights in {bits} bits": {"adaptive_precision": {"bits": bits}} for bits in (8, 4)},
+    **{name: small_preset(name) for name in PRESETS},
+    # Prompts here are short enough for attention to compute everything, and with small blocks it does not.
+    "composition": COMPOSITION,
+    "composition, small blocks": {**COMPOSITION, "qwen3_vl_dynamic_sparse": SPARSE},
 }
 COLUMNS = {
     "emoji_twemoji": "emoji",
@@ -63,20 +94,17 @@ COLUMNS = {
 LONGEST_TASK, DENSITY_SAMPLES = "which_9_16", 12
 
 
-def measure_profiles(folder: str, limit: int | None = None) -> dict[str, dict]:
-    """Rows of [`evaluate_model`] for every profile, all on one model."""
-    from qwen3_vl.optim.orchestrator_optim import apply_profile
+def measure_profiles(folder: str, names: Iterable[str], limit: int | None = None) -> dict[str, dict]:
+    """Rows of [`evaluate_model`] for the profiles of these names, all on one model."""
+    from qwen3_vl import UnifiedOptimizationManager
 
     model, processor = load_checkpoint(folder)
     results = {}
-    for name, profile in PROFILES.items():
-        model.config.optim = with_measured_layers(profile, model, processor) or None
-        techniques = apply_profile(model)
-        results[name] = evaluate_model(model, processor, limit=limit)["rows"]
-        results[name]["density"] = measure_density(model, processor)
-        for technique in reversed(techniques):
-            technique.revert(model)
-        model.active_techniques = []
+    for name in names:
+        profile = with_measured_layers(PROFILES[name], model, processor)
+        with UnifiedOptimizationManager(model, profile):
+            results[name] = evaluate_model(model, processor, limit=limit)["rows"]
+            results[name]["density"] = measure_density(model, processor)
         print_row(name, results)
     return results
 
@@ -143,9 +171,18 @@ def draw_profiles(results: dict[str, dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def report_techniques(folder: str, limit: int | None = None, out: Path = REPOSITORY / "docs" / "bench") -> None:
-    results = measure_profiles(folder, limit)
-    summary = {"profiles": PROFILES, "results": results}
-    (out / "quality.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+def report_techniques(
+    folder: str, limit: int | None = None, only: str | None = None, out: Path = REPOSITORY / "docs" / "bench"
+) -> None:
+    """Measures and writes; with `only`, a pattern for names as of a shell, the other rows stay as they were."""
+    path = out / "quality.json"
+    kept = {} if only is None or not path.exists() else json.loads(path.read_text())["results"]
+    named = [name for name in PROFILES if only is None or fnmatch(name, only)]
+    if not named:
+        raise SystemExit(f"no profile is called {only!r}; there are {', '.join(map(repr, PROFILES))}.")
+    names = named if "plain" in named or "plain" in kept else ["plain", *named]  # which the plot compares with
+    measured = {**kept, **measure_profiles(folder, names, limit)}
+    results = {name: measured[name] for name in PROFILES if name in measured}
+    path.write_text(json.dumps({"profiles": PROFILES, "results": results}, indent=1, ensure_ascii=False) + "\n")
     draw_profiles(results, out / "quality.png")
-    print(f"wrote {out / 'quality.json'} and quality.png")
+    print(f"wrote {path} and quality.png")

@@ -180,6 +180,22 @@ def batch_features(model: nn.Module, batch: MicroBatch) -> tuple[list[torch.Tens
     return vision_features(visual, pixels, batch.grid, deep=not batch.vision_only)
 
 
+def decoder_start(model: nn.Module, batch: MicroBatch, features: list[torch.Tensor]):
+    """What the decoder's layers begin with.
+
+    Args:
+        features: as `vision_features` returns them.
+    Returns:
+        Hidden states (tokens, width) with the pictures in place; and for every `text_layer` cosine, sine, slots and
+        mask.
+    """
+    text = model.model.language_model
+    places = torch.from_numpy(batch.visual_index)
+    hidden = text.embed_tokens(torch.from_numpy(batch.input_ids)).index_copy(0, places, features[0])
+    cos, sin = text.rotary_emb(hidden, torch.from_numpy(batch.position_ids)[:, None])
+    return hidden, (cos[0, :, None], sin[0, :, None], torch.from_numpy(batch.slots), branch_mask(batch, hidden.dtype))
+
+
 def fast_logits(
     model: nn.Module, batch: MicroBatch, features: list[torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -191,18 +207,15 @@ def fast_logits(
     """
     text = model.model.language_model
     features = batch_features(model, batch)[0] if features is None else features
-    mask = branch_mask(batch, features[0].dtype)
-    places = torch.from_numpy(batch.visual_index)
-    slots, predict = torch.from_numpy(batch.slots), torch.from_numpy(batch.predict_index)
-    hidden = text.embed_tokens(torch.from_numpy(batch.input_ids)).index_copy(0, places, features[0])
-    cos, sin = text.rotary_emb(hidden, torch.from_numpy(batch.position_ids)[:, None])
-    cos, sin = cos[0, :, None], sin[0, :, None]
+    places, predict = torch.from_numpy(batch.visual_index), torch.from_numpy(batch.predict_index)
+    hidden, tables = decoder_start(model, batch, features)
     for number, layer in enumerate(text.layers):
         # Nothing attends to the last layer's output, so it is needed at trained places only.
         wanted = predict if number + 1 == len(text.layers) else None
         if number == GAZE_LAYER:
+            cos, sin, _, mask = tables
             gazes = gaze_log_probabilities(layer, hidden, cos, sin, mask, batch)
-        hidden = text_layer(layer, hidden, cos, sin, slots, mask, wanted)
+        hidden = text_layer(layer, hidden, *tables, wanted)
         if number + 1 < len(features):
             hidden = hidden.index_add(0, places, features[number + 1])
         if number == NOTE_LAYER:

@@ -9,8 +9,8 @@ import torch
 
 
 # Tables and output layers are no maps between hidden states; the mergers' square matrices would cost as much to
-# orthogonalise as all others together.
-ADAM_PARTS = ("embed_tokens", "pos_embed", "auxiliary", "merger.linear_fc1", "merger_list")
+# orthogonalise as all others together; of two low-rank factors each would be changed by as much as a whole matrix.
+ADAM_PARTS = ("embed_tokens", "pos_embed", "auxiliary", "merger.linear_fc1", "merger_list", "adapter_")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 

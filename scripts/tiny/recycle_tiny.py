@@ -18,19 +18,20 @@ if __package__ in (None, ""):
 
 import torch
 from torch import nn
-from transformers import AutoProcessor
 
 from qwen3_vl import CrossLayerParameterRecycling
 
 from .data_material import REPOSITORY
 from .distill_tiny import (
     CHECKPOINT,
-    Clock,
+    TrainingLog,
+    add_arguments,
     compare_quality,
     decoder_states,
     distillation_loss,
     load_tiny,
     rate_at,
+    save_checkpoint,
     spoken_batches,
     teacher_targets,
     write_result,
@@ -53,11 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
     parser.add_argument("--groups", help="layers that share, as 0,1;2,3;4,5 (default: neighbouring pairs)")
     parser.add_argument("--shared", default="fitted", help="what the shared weight begins as (default: %(default)s)")
-    parser.add_argument("--muon-lr", type=float, default=0.004)
+    parser.add_argument("--muon-lr", type=float, default=0.003)
     parser.add_argument("--adam-lr", type=float, default=5e-4)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="for the checkpoints (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="at most this many questions a row of the evaluation")
-    parser.add_argument("--threads", type=int, default=1)
+    add_arguments(parser, FOLDER)
     return parser.parse_args()
 
 
@@ -80,36 +79,18 @@ def train(teacher: nn.Module, student: nn.Module, arguments: argparse.Namespace)
         parameter.grad = flat[0, offset : offset + parameter.numel()].view_as(parameter)
         offset += parameter.numel()
     optimizer = MasterOptimizer(named, arguments.muon_lr, arguments.adam_lr, weight_decay=0.0)
-    clock, log, losses, agreed = Clock(), [], [], []
+    log = TrainingLog(arguments.steps, LOG_STEPS)
     for step, batches in enumerate(spoken_batches(arguments.steps, arguments.draws)):
         for batch in batches:
             features, target_states, target_logits = teacher_targets(teacher, batch)
             states, logits = decoder_states(student, batch, features)
             loss = distillation_loss(states, logits, target_states, target_logits, STATE_WEIGHT)
             (loss / len(batches)).backward()
-            losses.append(loss.item())
-            agreed.append((logits.argmax(-1) == target_logits.argmax(-1)).float().mean().item())
+            agreement = (logits.argmax(-1) == target_logits.argmax(-1)).float().mean()
+            log.add(loss=loss.item(), agreement=agreement.item())
         optimizer.step(flat, rate_at(step, arguments.steps))
-        if (step + 1) % LOG_STEPS == 0 or step + 1 == arguments.steps:
-            row = {"step": step + 1, "loss": sum(losses) / len(losses), "agreement": sum(agreed) / len(agreed)}
-            log.append({**row, "seconds": clock.seconds})
-            print(
-                f"step {step + 1}: loss {row['loss']:.4f}, agrees {row['agreement']:.3f}, {clock.seconds} s",
-                flush=True,
-            )
-            losses, agreed = [], []
-    return log
-
-
-def save(student: nn.Module, folder: Path) -> dict[str, int]:
-    """Writes both kinds of folder; the bytes of their weights."""
-    sizes = {}
-    for storage in ("expanded", "shared"):
-        target = folder / storage
-        student.save_pretrained(target, storage=storage)
-        AutoProcessor.from_pretrained(CHECKPOINT).save_pretrained(target)
-        sizes[storage] = (target / "model.safetensors").stat().st_size
-    return sizes
+        log.end_step(step)
+    return log.rows
 
 
 def main() -> None:
@@ -129,7 +110,10 @@ def main() -> None:
     print(recycling.describe(), flush=True)
     recycling.release()
     log = train(teacher, student, arguments)
-    sizes = save(student, arguments.folder)
+    sizes = {
+        storage: save_checkpoint(student, arguments.folder / storage, storage=storage)
+        for storage in ("expanded", "shared")
+    }
     report = recycling.report
     result = {
         "settings": {name: getattr(arguments, name) for name in SETTINGS},

@@ -17,7 +17,6 @@ if __package__ in (None, ""):
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoProcessor
 
 from qwen3_vl import LearnedActivationRouting
 from qwen3_vl.optim.weights.learned_routing_choice import top_share
@@ -25,8 +24,8 @@ from qwen3_vl.optim.weights.learned_routing_choice import top_share
 from .data_batches import MicroBatch
 from .data_material import REPOSITORY
 from .distill_tiny import (
-    CHECKPOINT,
-    Clock,
+    TrainingLog,
+    add_arguments,
     all_questions,
     compare_quality,
     decoder_states,
@@ -34,6 +33,7 @@ from .distill_tiny import (
     load_tiny,
     measure_quality,
     rate_at,
+    save_checkpoint,
     spoken_batches,
     teacher_targets,
     write_result,
@@ -51,9 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--capacity", type=float, default=0.5, help="share of visual tokens (default: %(default)s)")
     parser.add_argument("--blocks", help="as 1,3,5 (default: the last half)")
     parser.add_argument("--rate", type=float, default=0.01)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="for the checkpoints (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="at most this many questions a row of the evaluation")
-    parser.add_argument("--threads", type=int, default=1)
+    add_arguments(parser, FOLDER)
     return parser.parse_args()
 
 
@@ -82,7 +80,7 @@ def routed_layer(batch: MicroBatch, capacity: float, losses: list):
 def train(teacher: nn.Module, student: nn.Module, routing: LearnedActivationRouting, steps: int, rate: float):
     """Trains the routers in place; the losses every `LOG_STEPS` steps."""
     optimizer = torch.optim.Adam(routing.freeze_others(student), lr=rate)
-    clock, log, losses, auxiliary = Clock(), [], [], []
+    log = TrainingLog(steps, LOG_STEPS)
     for step, batches in enumerate(spoken_batches(steps)):
         for group in optimizer.param_groups:
             group["lr"] = rate * rate_at(step, steps)
@@ -94,22 +92,11 @@ def train(teacher: nn.Module, student: nn.Module, routing: LearnedActivationRout
             loss = distillation_loss(states, logits, target_states, target_logits, state_weight=0.0)
             helper = torch.stack(foretelling).mean()
             ((loss + helper) / len(batches)).backward()
-            losses.append(loss.item())
-            auxiliary.append(helper.item())
+            log.add(loss=loss.item(), predictor=helper.item())
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % LOG_STEPS == 0 or step + 1 == steps:
-            row = {"step": step + 1, "loss": sum(losses) / len(losses), "predictor": sum(auxiliary) / len(auxiliary)}
-            log.append({**row, "seconds": clock.seconds})
-            figures = f"loss {row['loss']:.4f}, predictor {row['predictor']:.3f}, {clock.seconds} s"
-            print(f"step {step + 1}: {figures}", flush=True)
-            losses, auxiliary = [], []
-    return log
-
-
-def save(student: nn.Module, folder: Path) -> None:
-    student.save_pretrained(folder)
-    AutoProcessor.from_pretrained(CHECKPOINT).save_pretrained(folder)
+        log.end_step(step)
+    return log.rows
 
 
 def main() -> None:
@@ -119,9 +106,9 @@ def main() -> None:
     teacher, student = load_tiny(), load_tiny()
     routing = LearnedActivationRouting(capacity=arguments.capacity, blocks=blocks)
     routing.apply(student)
-    save(student, arguments.folder / "untrained")
+    save_checkpoint(student, arguments.folder / "untrained")
     log = train(teacher, student, routing, arguments.steps, arguments.rate)
-    save(student, arguments.folder / "trained")
+    save_checkpoint(student, arguments.folder / "trained")
     result = {"settings": {**routing.settings, "steps": arguments.steps}, "log": log, "limit": arguments.limit}
     result |= compare_quality(arguments.folder / "trained", arguments.limit)
     result["untrained"] = measure_quality(arguments.folder / "untrained", arguments.limit)

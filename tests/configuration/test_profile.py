@@ -56,7 +56,7 @@ ACTS = [
     ("power", "battery_cpu_share", 0.5, {"power_management": {"battery": {"cpu_share": 0.5}}}),
     ("optimization", "attention", "qwen3_vl_exact", {"qwen3_vl_exact": {}}),
     ("optimization", "weight_bits", 8, {"adaptive_precision": {"bits": 8}}),
-    ("optimization", "visual_keep_ratio", 0.5, {"token_merging": {"keep_ratio": 0.5}}),
+    ("optimization", "visual_keep_ratio", 0.5, {"token_merging": {"keep_ratio": 0.5, "min_tokens": 64}}),
     ("optimization", "techniques", {"paged_cache": {"page_tokens": 16}}, {"paged_cache": {"page_tokens": 16}}),
 ]  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_each_field_puts_a_technique_on(section, name, value, named):
 
 def test_every_field_is_among_those():
     # These belong to another field or to a layer of its own.
-    others = {("memory", "lossy_cache"), ("optimization", "attention_settings")}
+    others = {("memory", "lossy_cache"), ("optimization", "attention_settings"), ("optimization", "visual_min_tokens")}
     others |= {("optimization", "moe_num_experts"), ("optimization", "moe_top_k")}
     known = {(section, entry.name) for section, cls in SECTIONS.items() for entry in fields(cls)}
     assert known == {row[:2] for row in ACTS} | others

@@ -6,7 +6,7 @@ from helpers import one_line
 
 import qwen3_vl
 from qwen3_vl import MemoryOptimizationIntegrator, MemoryRequest, UnifiedArchitecture, UnifiedConfig
-from qwen3_vl.configuration.hardware_detection import Hardware
+from qwen3_vl.configuration.hardware_detection import Hardware, detect_hardware
 from qwen3_vl.optim.profile_manager import QUALITIES, create_unified_config_manager, get_default_config
 
 
@@ -62,14 +62,25 @@ def test_bad_specifications(specs, words):
 
 def test_this_machine():
     profile = create_unified_config_manager("checkpoints/tiny").get_hardware_optimized_config()
-    assert profile.optimization.weight_bits is None and profile.hidden_size < 1000
+    assert (profile.optimization.weight_bits is None) == (not detect_hardware().on_battery)
+    assert profile.hidden_size < 1000
 
 
 def test_a_battery_saves():
     hardware = Hardware.from_specs(machine(64))
     on_battery = Hardware(**{**vars(hardware), "on_battery": True})
-    profile = create_unified_config_manager(request=TEXT).get_hardware_optimized_config(on_battery)
+    manager = create_unified_config_manager(request=TEXT)
+    assert manager.get_hardware_optimized_config(hardware).optimization.weight_bits is None
+    profile = manager.get_hardware_optimized_config(on_battery)
     assert profile.techniques()["power_management"]["battery"] == {"cpu_share": 0.5}
+    assert profile.optimization.weight_bits == 8 and any("on battery: packed" in line for line in manager.explanation)
+
+
+def test_a_machine_that_does_not_tell_its_memory():
+    hardware = Hardware(cpu_cores=2)
+    with pytest.raises(ValueError, match="give memory_gb") as error:
+        create_unified_config_manager().get_hardware_optimized_config(hardware)
+    assert one_line(error.value)
 
 
 def test_the_lines_of_the_reference():
@@ -111,3 +122,9 @@ def test_a_model_and_its_profile_as_one(tmp_path):
     assert torch.equal(again.generate(input_ids=ids, max_new_tokens=3, do_sample=False), first)
     assert both.apply({"paged_cache": {}}).describe().startswith("paged_cache: exact")
     assert both.revert().describe() == "paged_cache: not applied yet" and not hasattr(both.model, "active_techniques")
+    both.apply("minimal")
+    for bad in ({"paged_cach": {}}, {"grouped_experts": {}}):
+        with pytest.raises(ValueError):
+            both.apply(bad)
+        assert next(technique.name for technique in both.techniques) == "qwen3_vl_exact"
+        assert torch.equal(both.generate(input_ids=ids, max_new_tokens=3, do_sample=False), first)

@@ -13,10 +13,15 @@ import torch
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 sys.path.insert(0, str(BENCH))
 
+import bench_peer  # noqa: E402
 from bench_contest import Contest, Way, run_contest  # noqa: E402
 from bench_inputs import SINKS, Heads, mass_kept, noise_inputs, structured_inputs  # noqa: E402
+from bench_pair import config_values  # noqa: E402
 from bench_plot import _spread_out  # noqa: E402
 from bench_report import save  # noqa: E402
+from bench_settings import Settings  # noqa: E402
+
+from qwen3_vl.optim.user_cache import user_cache_folder  # noqa: E402
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess:
@@ -92,13 +97,142 @@ def test_plan_rows_compare_with_what_was_held(tmp_path):
 
 
 @pytest.mark.slow
+def test_token_rows_compute_less_and_pages_hardly_differ(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = quick_rows(tmp_path, "tokens")
+    by_phase = {phase: {} for phase in ("decoder", "to the first token", "tower")}
+    for row in rows:
+        by_phase[row["sizes"]["phase"]][row["way"]] = row
+    assert {"all tokens", "merge 25%", "random 25%"} <= set(by_phase["to the first token"]) <= set(by_phase["decoder"])
+    everything = by_phase["decoder"]["all tokens"]["agreement"]
+    assert everything["max_abs_diff"] < 0.03 * everything["max_abs_stock"]  # in bfloat16
+    assert by_phase["decoder"]["merge 25%"]["agreement"]["max_abs_diff"] > everything["max_abs_diff"]
+    for row in by_phase["tower"].values():
+        assert row["agreement"]["max_abs_diff"] < 0.1 * row["agreement"]["max_abs_stock"]
+        assert set(row["against"]) == ({"all patches"} if row["way"].startswith("flat") else set())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["decode", "tower"])
 def test_model_rows_agree(tmp_path, case):
     pytest.importorskip("matplotlib")
-    rows = quick_rows(tmp_path, case)
+    rows = [row for row in quick_rows(tmp_path, case) if "int4" not in row["way"]]
     assert any(row["way"].endswith("plain") for row in rows)
     # In bfloat16, through several layers.
     assert all(row["agreement"]["max_abs_diff"] < 0.03 * row["agreement"]["max_abs_stock"] for row in rows)
+
+
+@pytest.mark.slow
+def test_weights_rows_say_what_is_held(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [row for row in quick_rows(tmp_path, "weights") if row["sizes"]["phase"] == "decode"]
+    held = {row["way"]: row["details"]["text_weights_mib"] for row in rows}
+    assert 1.7 * held["int4"] < held["int8"] < 0.6 * held["bf16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "ways"),
+    [
+        ("moe", ("stock, batched_mm", "grouped_experts")),
+        ("compiled", ("exact, paged, linear", "exact, paged, fused", "compiled")),
+        ("routing", ("plain, exact", "capacity 0.5")),
+    ],
+)
+def test_rows_of_exact_ways_agree(tmp_path, case, ways):
+    pytest.importorskip("matplotlib")
+    rows = [row for row in quick_rows(tmp_path, case) if row["way"] in ways]
+    assert {row["way"] for row in rows} == set(ways)
+    for row in rows:
+        assert row["details"].get("failure") is None
+        assert row["agreement"]["max_abs_diff"] < 0.03 * row["agreement"]["max_abs_stock"]
+
+
+@pytest.mark.slow
+def test_profile_rows_have_a_column_of_the_peer(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("QWEN3_VL_NATIVE_CACHE", str(user_cache_folder() / "native"))  # compiled once for all tests
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = quick_rows(tmp_path, "profiles", "--peer", str(fake_peer(tmp_path, [50.0, 100.0, 25.0])))
+    decoding = [row for row in rows if row["sizes"].get("context") == 512]
+    assert [row["way"] for row in decoding] == ["minimal", "balanced", "aggressive", "composition"]
+    by_way = {row["way"]: row["details"] for row in decoding}
+    assert by_way["aggressive"] == {**by_way["aggressive"], "peer": "Q4_0", "peer_ms": 20.0}
+    assert by_way["minimal"]["peer"] == "BF16" and "peer" not in by_way["balanced"]
+    assert by_way["aggressive"]["weights_mib"] < by_way["balanced"]["weights_mib"] < by_way["minimal"]["weights_mib"]
+    minimal = next(row["agreement"] for row in decoding if row["way"] == "minimal")
+    assert minimal["max_abs_diff"] < 0.03 * minimal["max_abs_stock"]
+
+
+def fake_peer(folder: Path, tokens_per_second: list[float], status: int = 0) -> Path:
+    """An executable that prints what `llama-bench -o json` does, and notes how it was called."""
+    path, called = folder / "llama-bench", str(folder / "called")
+    lines = [
+        f"#!{sys.executable}",
+        "import sys",
+        f"open({called!r}, 'w').write(' '.join(sys.argv[1:]))",
+        "print('loading', 'no such model', sep=chr(10), file=sys.stderr)",
+        f"print({json.dumps([{'samples_ts': tokens_per_second}])!r})",
+        f"sys.exit({status})",
+    ]
+    path.write_text("\n".join(lines))
+    path.chmod(0o755)
+    return path
+
+
+def peer_settings(peer: Path) -> Settings:
+    return Settings("cpu", ("bfloat16",), 2, 1, 4, quick=True, against_itself=False, peer=peer)
+
+
+def test_the_peer_is_asked_for_tokens_behind_a_context(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_peer, "weights_file", lambda settings, form: tmp_path / f"{form}.gguf")
+    settings = peer_settings(fake_peer(tmp_path, [50.0, 100.0, 25.0]))
+    assert bench_peer.peer_decode_ms(settings, "BF16", 1024) == 20.0
+    called = (tmp_path / "called").read_text()
+    assert called.startswith(f"-m {tmp_path / 'BF16.gguf'} -p 0 -n 16 -d 1024 -t ") and called.endswith("-o json")
+    assert bench_peer.peer_prefill_ms(settings, "Q4_0", 64) == 64 * 20.0
+    assert "-p 64 -n 0" in (tmp_path / "called").read_text()
+
+
+def test_a_peer_that_does_not_work_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_peer, "weights_file", lambda settings, form: tmp_path / "none")
+    with pytest.raises(RuntimeError, match="llama-bench failed: no such model"):
+        bench_peer.peer_decode_ms(peer_settings(fake_peer(tmp_path, [], status=1)), "BF16", 7)
+    with pytest.raises(RuntimeError, match=r"does not run: .*give the path of llama-bench as --peer"):
+        bench_peer.peer_decode_ms(peer_settings(tmp_path / "missing"), "BF16", 7)
+    (tmp_path / "llama-bench").write_text("#!/bin/sh\necho nothing")
+    with pytest.raises(RuntimeError, match="did not print what llama-bench -o json prints"):
+        bench_peer.peer_decode_ms(peer_settings(tmp_path / "llama-bench"), "BF16", 8)
+
+
+@pytest.mark.parametrize(("form", "bits"), [("BF16", 16), ("Q4_0", 4.5)])
+def test_weights_for_the_peer_have_the_widths(tmp_path, monkeypatch, form, bits):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    narrow = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    values = config_values(2, 4, True)
+    values["text_config"] |= {**narrow, "head_dim": 32, "vocab_size": 700}
+    monkeypatch.setattr(bench_peer, "config_values", lambda *sizes: values)
+    path = bench_peer.weights_file(peer_settings(tmp_path), form)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert len(tensors) == 2 + 2 * 11
+    matrices = {name: tensor for name, tensor in tensors.items() if len(tensor.shape) > 1}
+    assert matrices["token_embd.weight"].shape.tolist() == [64, 700]
+    assert matrices["blk.1.ffn_down.weight"].shape.tolist() == [96, 64]
+    assert matrices["blk.0.attn_k.weight"].shape.tolist() == [64, 64]
+    for tensor in matrices.values():
+        assert tensor.n_bytes == tensor.n_elements * bits / 8
+    before = path.stat().st_mtime_ns
+    assert bench_peer.weights_file(peer_settings(tmp_path), form).stat().st_mtime_ns == before
+
+
+def test_without_gguf_the_way_out_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(RuntimeError, match="pip install gguf"):
+        bench_peer.weights_file(peer_settings(tmp_path), "BF16")
+    assert not list(tmp_path.rglob("*.gguf"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from qwen3_vl import QuantizedKVCache
 from qwen3_vl.optim.attention.attention_layout import AttentionLayout
-from qwen3_vl.optim.cache import quantized_layer
+from qwen3_vl.optim.cache import packed_history, quantized_layer
 from qwen3_vl.optim.cache.kv_quantization import (
     PackedFormat,
     QuantizedSettings,
@@ -26,6 +26,7 @@ from qwen3_vl.optim.cache.kv_quantization import (
     rotate_states,
 )
 from qwen3_vl.optim.cache.memory_pool import MemoryPool, PagePools
+from qwen3_vl.optim.cache.packed_history import PackedHistory
 from qwen3_vl.optim.cache.quantized_layer import QuantizedLayer
 
 
@@ -241,7 +242,7 @@ def test_attention_is_that_of_what_each_query_may_see(
         valid = torch.arange(past + new)[None] >= torch.arange(rows)[:, None] * (past // 3)
     with pytest.MonkeyPatch.context() as patch:
         if not native:
-            patch.setattr(quantized_layer, "supports_quantized", lambda *args: False)
+            patch.setattr(packed_history, "supports_quantized", lambda *args: False)
         out = attend(layer, query, past, valid)
     for index in range(new):
         seen = past + index + 1
@@ -285,12 +286,12 @@ def test_many_tokens_at_once_read_as_one_by_one():
 
 
 def test_plain_attention_unpacks_no_more_than_a_piece(monkeypatch):
-    monkeypatch.setattr(quantized_layer, "supports_quantized", lambda *args: False)
-    monkeypatch.setattr(quantized_layer, "PIECE_TOKENS", 64)
+    monkeypatch.setattr(packed_history, "supports_quantized", lambda *args: False)
+    monkeypatch.setattr(packed_history, "PIECE_TOKENS", 64)
     layer, (keys, values) = make_layer(), draw(1, 500)
     layer.update(keys, values)
-    sizes, unpack = [], QuantizedLayer._unpack
-    monkeypatch.setattr(QuantizedLayer, "_unpack", lambda self, a, b: sizes.append(b - a) or unpack(self, a, b))
+    sizes, unpack = [], PackedHistory.unpack
+    monkeypatch.setattr(PackedHistory, "unpack", lambda self, a, b, t: sizes.append(b - a) or unpack(self, a, b, t))
     query = draw(1, 1, 1)[0]
     assert_matches(attend(layer, query, 499), dense_reference(query, *layer.dense(), None), 2e-5)
     assert max(sizes) == 64

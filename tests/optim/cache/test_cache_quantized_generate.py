@@ -111,9 +111,9 @@ def test_every_attention_reads_the_same_history(shared, monkeypatch, other):
     shared.set_attn_implementation("qwen3_vl_exact")
     expected = logits_of(shared, inputs, QuantizedKVCache(shared.config, **SMALL), tokens)
     if other == "plain":
-        from qwen3_vl.optim.cache import quantized_layer
+        from qwen3_vl.optim.cache import packed_history
 
-        monkeypatch.setattr(quantized_layer, "supports_quantized", lambda *args: False)
+        monkeypatch.setattr(packed_history, "supports_quantized", lambda *args: False)
     else:
         shared.set_attn_implementation(other)
     actual = logits_of(shared, inputs, QuantizedKVCache(shared.config, **SMALL), tokens)

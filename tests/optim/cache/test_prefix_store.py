@@ -26,6 +26,10 @@ class Stub(torch.nn.Module):
         self.weight, self.device = torch.nn.Parameter(torch.zeros(1)), torch.device("cpu")
         self.eval()
 
+    @property
+    def base_model(self):
+        return self
+
 
 def states_of(tokens, layer):
     """(KV heads, tokens, head_dim) keys of a row; values are their negatives."""

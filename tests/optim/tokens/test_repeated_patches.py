@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers import PATCH_WIDTH, assert_close, make_inputs, make_pair, max_difference
+from helpers import PATCH_WIDTH, assert_close, make_inputs, make_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_vl import RepeatedPatchRemoval
-from qwen3_vl.optim.tokens.repeated_patches import flat_blocks, unique_frames
+from qwen3_vl.optim.tokens.repeated_patches import flat_squares, unique_frames
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_equal_frames_and_pictures_are_encoded_once_and_exactly(tower, monkeypat
         "forward",
         lambda x: seen.append(len(x)) or type(tower.patch_embed).forward(tower.patch_embed, x),
     )
-    found = encode(tower, pixels, grid, area=1)
+    found = encode(tower, pixels, grid, depth=0)
     assert seen == [64]
     assert_close(found.pooler_output, expected.pooler_output, 1e-5)
     assert_close(found.last_hidden_state, expected.last_hidden_state, 1e-5)
@@ -63,57 +63,113 @@ def test_equal_pixels_of_another_shape_are_another_frame():
 def test_nothing_repeated_is_bit_identical(tower):
     pixels, grid = torch.randn(64, PATCH_WIDTH), torch.tensor([[1, 8, 8]])
     expected = encode(tower, pixels, grid)
-    assert torch.equal(encode(tower, pixels, grid, area=4).pooler_output, expected.pooler_output)
+    assert torch.equal(encode(tower, pixels, grid, depth=1).pooler_output, expected.pooler_output)
     assert torch.equal(encode(tower, pixels, grid).pooler_output, expected.pooler_output)
 
 
-def test_multiplicities_stand_for_the_squares_that_went(tower):
-    """Without places in the tower, a block's middle counted as often as the block has squares is exact."""
+def test_without_places_the_sharing_is_exact(tower):
+    """Flat squares differ to the tower by their places alone."""
     tower.pos_embed.weight.data.zero_()
     tower.rotary_pos_emb.inv_freq.zero_()
     pixels, grid = page(16, 16), torch.tensor([[1, 16, 16]])
-    expected = encode(tower, pixels, grid)
-    for area in (2, 4, 8):
-        assert_close(encode(tower, pixels, grid, area=area).pooler_output, expected.pooler_output, 1e-4)
+    expected, found = encode(tower, pixels, grid), encode(tower, pixels, grid, depth=1)
+    assert_close(found.pooler_output, expected.pooler_output, 1e-5)
+    for mine, theirs in zip(found.deepstack_features, expected.deepstack_features, strict=True):
+        assert_close(mine, theirs, 1e-5)
 
 
-def test_features_of_what_stays_are_near(tower):
+def test_updates_lie_between_those_beside(tower):
+    """One block by hand: what is left out keeps its own state and takes an update from its neighbours'."""
+    block, seen, states = tower.blocks[0], [], []
+    pixels, grid = page(12, 16), torch.tensor([[1, 12, 16]])
+    handles = [
+        block.register_forward_pre_hook(lambda module, args: states.append(args[0])),
+        block.register_forward_hook(lambda module, args, output: seen.append(output)),
+    ]
+    encode(tower, pixels, grid)
+    encode(tower, pixels, grid, depth=1 / len(tower.blocks))
+    for handle in handles:
+        handle.remove()
+    update = (seen[0] - states[0]).view(6, 8, 2, 2, -1).transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (12, 16, C)
+    expected = update.clone()
+    numbers, _ = flat_squares(pixels.unflatten(0, (-1, 4)), 6, 8)
+    inner = [divmod(number, 8) for number in numbers.tolist() if number % 8 not in (0, 7) and number < 40]
+    assert len(numbers) == 12 and len(inner) == 6
+    for top, left in ((2 * row, 2 * column) for row, column in inner):
+        for y in (top, top + 1):
+            for x in (left, left + 1):
+                down, right = (y - top + 1) / 3, (x - left + 1) / 3
+                vertical = (1 - down) * update[top - 1, x] + down * update[top + 2, x]
+                horizontal = (1 - right) * update[y, left - 1] + right * update[y, left + 2]
+                expected[y, x] = (vertical + horizontal) / 2
+    found = (seen[1] - states[0]).view(6, 8, 2, 2, -1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    border = {(number // 8, number % 8) for number in numbers.tolist()} - set(inner)
+    for row, column in border:  # at the border something like it
+        square = found[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        assert torch.isfinite(square).all() and float(square.abs().sum()) > 0
+        expected[2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = square
+    assert_close(found, expected, 1e-5)
+
+
+def test_what_is_written_is_hardly_touched(tower):
     pixels, grid = page(16, 16), torch.tensor([[1, 16, 16]])
-    expected, found = encode(tower, pixels, grid), encode(tower, pixels, grid, area=2)
-    written = slice(0, 16)
-    error = (found.pooler_output[written] - expected.pooler_output[written]).norm()
-    scale = expected.pooler_output[written].norm()
-    assert 0 < error < 0.35 * scale
+    expected = encode(tower, pixels, grid).pooler_output
+    errors = []
+    for depth in (0.5, 1.0):
+        found = encode(tower, pixels, grid, depth=depth).pooler_output
+        errors.append((found[:16] - expected[:16]).norm() / expected[:16].norm())
+    assert min(errors) > 0 and max(errors) < 0.1
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
-    colours=st.integers(1, 3),
-    area=st.sampled_from([1, 2, 4, 8]),
-    seed=st.integers(0, 99),
-)
-def test_blocks_hold_equal_squares_alone(height, width, colours, area, seed):
+@given(height=st.integers(1, 9), width=st.integers(1, 9), seed=st.integers(0, 99))
+def test_only_flat_squares_are_left_out(height, width, seed):
     generator = torch.Generator().manual_seed(seed)
-    colour = (torch.rand(height, width, generator=generator) < 0.15).long() * torch.randint(
-        1, colours + 1, (height, width), generator=generator
-    )
-    squares = colour.flatten()[:, None, None].expand(-1, 4, 3).float()
-    kept, owner = flat_blocks(squares, height, width, area)
-    assert torch.equal(colour.flatten()[owner], colour.flatten())
-    assert torch.equal(owner.unique(), kept) and torch.equal(owner[kept], kept)
-    counts = torch.bincount(owner)[kept]
-    assert int(counts.max()) <= area**2 and all(int(n) & (int(n) - 1) == 0 for n in counts)
-    if area == 1:
-        assert len(kept) == height * width
+    colour = (torch.rand(height, width, generator=generator) < 0.1).float()
+    squares = colour.flatten()[:, None, None].expand(-1, 4, 3)
+    numbers, beside = flat_squares(squares, height, width)
+    left_out = set(numbers.tolist())
+    assert beside.shape == (len(numbers), 4) and not left_out & set(beside.flatten().tolist())
+    assert torch.equal(colour.flatten()[beside], colour.flatten()[numbers, None].expand(-1, 4))
+    for row in range(height):
+        for column in range(width):
+            places = ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1))
+            around = [(y, x) for y, x in places if 0 <= y < height and 0 <= x < width]
+            is_flat = min(height, width) > 1 and all(colour[place] == colour[row, column] for place in around)
+            number = row * width + column
+            assert (number in left_out) == (is_flat and (row + column) % 2 == 1)
+            if number in left_out:
+                own = set(beside[numbers.tolist().index(number)].tolist())
+                assert own == {y * width + x for y, x in around}
 
 
 def test_a_picture_of_one_colour_and_one_square(tower):
-    output = encode(tower, page(16, 16, text_rows=0), torch.tensor([[1, 16, 16]]), area=8)
+    output = encode(tower, page(16, 16, text_rows=0), torch.tensor([[1, 16, 16]]), depth=1.0)
     assert output.pooler_output.shape[0] == 64 and torch.isfinite(output.pooler_output).all()
-    assert max_difference(output.pooler_output, output.pooler_output[:1].expand(64, -1)) == 0
-    assert encode(tower, page(2, 2, text_rows=0), torch.tensor([[1, 2, 2]]), area=8).pooler_output.shape[0] == 1
+    for grid in ((2, 2), (2, 8)):
+        pixels = page(*grid, text_rows=0)
+        alone = encode(tower, pixels, torch.tensor([[1, *grid]]), depth=1.0)
+        assert torch.equal(alone.pooler_output, encode(tower, pixels, torch.tensor([[1, *grid]])).pooler_output)
+
+
+def test_pages_of_several_sizes_repeated_among_photographs(tower):
+    """Each in a row is what it is alone."""
+    photo = torch.randn(32, PATCH_WIDTH, generator=torch.Generator().manual_seed(3))
+    parts = [(page(16, 16), (16, 16)), (photo, (4, 8)), (page(12, 8), (12, 8)), (page(16, 16), (16, 16))]
+    parts.append((page(16, 16, seed=1), (16, 16)))
+    together = encode(tower, torch.cat([x for x, _ in parts]), torch.tensor([[1, *g] for _, g in parts]), depth=0.5)
+    alone = [encode(tower, x, torch.tensor([[1, *grid]]), depth=0.5) for x, grid in parts]
+    assert_close(together.pooler_output, torch.cat([output.pooler_output for output in alone]), 1e-5)
+    assert_close(together.last_hidden_state, torch.cat([output.last_hidden_state for output in alone]), 1e-5)
+    for level, mine in enumerate(together.deepstack_features):
+        assert_close(mine, torch.cat([output.deepstack_features[level] for output in alone]), 1e-5)
+
+
+def test_gradients_flow(tower):
+    pixels, technique = page(12, 16).requires_grad_(), RepeatedPatchRemoval(depth=1.0)
+    technique.apply(tower)
+    tower(pixels, torch.tensor([[1, 12, 16]])).pooler_output.sum().backward()
+    assert bool((pixels.grad.abs().sum(1) > 0).all())
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "qwen3_vl_exact"])
@@ -134,9 +190,9 @@ def test_generate_and_every_attention(attention):
 
 
 def test_bad_input(tower):
-    for area in (0, 3, 2.0, True):
-        with pytest.raises(ValueError, match="area must be 1, 2, 4"):
-            RepeatedPatchRemoval(area=area)
+    for depth in (-0.1, 1.5, float("nan"), True, "half"):
+        with pytest.raises(ValueError, match="depth must be from 0 to 1"):
+            RepeatedPatchRemoval(depth=depth)
     with pytest.raises(ValueError, match="has no setting 'side'"):
         RepeatedPatchRemoval(side=2)
     technique = RepeatedPatchRemoval()

@@ -163,7 +163,7 @@ def test_only_named_groups():
         ({"bits": 3}, "bits must be one of 4, 8, 16, got 3"),
         ({"bits": True}, "bits must be one of 4, 8, 16, got True"),
         ({"lm_head": 2}, "lm_head must be one of"),
-        ({"vision": None}, "vision must be one of"),
+        ({"vision": 2}, "vision must be one of"),
         ({"group_size": 48}, "group_size must be one of 32, 64, 128, got 48"),
         ({"originals": "somewhere"}, "originals must be one of 'file', 'keep', 'drop'"),
         ({"layers": {"a": 5}}, r"layers\['a'\] must be one of"),

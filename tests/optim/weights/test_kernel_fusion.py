@@ -14,8 +14,10 @@ from qwen3_vl import DecodeLinear, FasterRotaryEmbeddings, KernelFusion
 from qwen3_vl.optim.native import native_fused
 from qwen3_vl.optim.native.native_fused import (
     fused_kernels,
+    native_add_rms_norm,
     native_rms_norm,
     native_swiglu,
+    supports_add_rms_norm,
     supports_rms_norm,
     supports_swiglu,
 )
@@ -60,6 +62,25 @@ def test_passes_match_their_definitions(rows, size, extra, dtype, scale):
 
 
 @needs_compiler
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 9),
+    size=st.integers(1, 80),
+    extra=st.integers(0, 20),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_norm_of_a_sum_rounds_where_the_two_steps_do(rows, size, extra, dtype):
+    x = random(2, rows, size + extra, dtype=dtype, seed=size)[..., :size]
+    residual, weight = random(2, rows, size, dtype=dtype, seed=1), random(size, dtype=dtype, seed=2)
+    kept = x.clone(), residual.clone()
+    assert supports_add_rms_norm(x, residual, weight)
+    total, normed = native_add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, native_rms_norm(x + residual, weight, 1e-6))
+    assert torch.equal(x, kept[0]) and torch.equal(residual, kept[1])
+
+
+@needs_compiler
 def test_passes_keep_nan_and_infinity():
     x = torch.tensor([[float("nan")] * 20, [float("inf")] * 20, [-200.0] * 20, [200.0] * 20])
     expected = F.silu(x) * 2.0
@@ -77,6 +98,8 @@ def test_not_supported():
     assert not supports_rms_norm(x.transpose(0, 1), weight)
     assert not supports_rms_norm(x.transpose(1, 2), random(4))
     assert not supports_rms_norm(x, torch.nn.Parameter(weight))
+    assert not supports_add_rms_norm(x, x.transpose(0, 1).contiguous().transpose(0, 1), weight)
+    assert not supports_add_rms_norm(x, x[:1], weight) and not supports_add_rms_norm(x, x.bfloat16(), weight)
     assert not supports_swiglu(x, x[:, :3])
     assert not supports_swiglu(x[..., ::2], x[..., ::2])
 
@@ -119,6 +142,26 @@ def test_same_tokens_as_stock(layout, options, monkeypatch):
     torch.manual_seed(0)
     assert torch.equal(ours, pair.stock.generate(**inputs, **options))
     assert any(part is not None for part in used), "no product was fused"
+
+
+@needs_compiler
+@torch.no_grad()
+def test_each_layer_sums_and_norms_at_once_unless_someone_hooks_the_norm(monkeypatch):
+    model, inputs, calls = make_pair("dense").ours, make_inputs(["text:5"]), []
+    layers = model.model.language_model.layers
+    spied = kernel_fusion.native_add_rms_norm
+    monkeypatch.setattr(kernel_fusion, "native_add_rms_norm", lambda *x: calls.append(x) or spied(*x))
+    expected = model(**inputs, output_hidden_states=True)
+    KernelFusion(products=False).apply(model)
+    actual = model(**inputs, output_hidden_states=True)
+    assert len(calls) == len(layers)
+    for ours, theirs in zip(actual.hidden_states, expected.hidden_states, strict=True):
+        assert_close(ours, theirs, 2e-5, "hidden states")
+    seen = []
+    handle = layers[0].post_attention_layernorm.register_forward_hook(lambda *x: seen.append(x))
+    assert_close(model(**inputs).logits, expected.logits, 2e-5, "logits")
+    assert len(seen) == 1 and len(calls) == 2 * len(layers) - 1
+    handle.remove()
 
 
 @torch.no_grad()

@@ -14,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+import qwen3_vl
 from qwen3_vl.optim.weights import low_rank
 from qwen3_vl.optim.weights.layer_recycling import CrossLayerParameterRecycling
+from qwen3_vl.optim.weights.layer_recycling_saving import METHOD, register_loader, withdraw_loader
 from qwen3_vl.optim.weights.low_rank import LowRankLinear, fit_shared, low_rank_factors
 from qwen3_vl.optim.weights.save_wrapper import SaveWrapper
 
@@ -416,3 +419,24 @@ def test_other_groups_than_the_loaded_ones(tmp_path):
         type(model).from_pretrained(tmp_path, optim={"layer_recycling": {"groups": [[0, 1]], "rank": 8}})
     one_line(error.value)
     assert Path(tmp_path, "model.safetensors").exists()
+
+
+def test_unregister_withdraws_the_loader_and_register_brings_it_back(tmp_path):
+    model = make_pair("dense").ours
+    recycled(model)
+    model.save_pretrained(tmp_path, storage="shared")
+    tables = AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    try:
+        qwen3_vl.unregister()
+        assert not any(METHOD in table for table in tables)
+    finally:
+        qwen3_vl.register()
+    assert all(METHOD in table for table in tables)
+    assert torch.equal(logits_of(type(model).from_pretrained(tmp_path)), logits_of(model))
+    foreign = object()
+    try:
+        AUTO_QUANTIZER_MAPPING[METHOD] = foreign
+        withdraw_loader()
+        assert AUTO_QUANTIZER_MAPPING[METHOD] is foreign, "what another copy registered is its own"
+    finally:
+        register_loader()

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from qwen3_vl import EvictingKVCache, PagedKVCache, QuantizedKVCache
 from qwen3_vl.optim.attention.attention_layout import AttentionLayout
+from qwen3_vl.optim.native.native_attention import kernels, native_blocks, supports
 from qwen3_vl.optim.weights import learned_routing_block
 from qwen3_vl.optim.weights.learned_routing import LearnedActivationRouting
 from qwen3_vl.optim.weights.learned_routing_choice import real_tokens, top_share
@@ -64,6 +65,12 @@ def compute_everything(monkeypatch):
     monkeypatch.setattr(learned_routing_block, "block_on_some", whole)
 
 
+@pytest.fixture(params=[False, True], ids=["PyTorch's tiles", "our tiles"])
+def tiles(request, monkeypatch):
+    """Which attention computes routed queries, whatever is faster here."""
+    monkeypatch.setattr(learned_routing_block, "_native_wins", lambda *x: request.param and supports(*x))
+
+
 @torch.no_grad()
 def logits_of(model, inputs, **options):
     return model(**clone_inputs(inputs), **options).logits
@@ -88,7 +95,7 @@ def test_full_capacity_is_the_plain_model(kind, tokens):
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "qwen3_vl_exact", "qwen3_vl_memory_efficient"])
 @pytest.mark.parametrize("tokens", ["visual", "all"])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_forward(kind, prompt, tokens, attention, monkeypatch):
+def test_forward(kind, prompt, tokens, attention, tiles, monkeypatch):
     model, inputs = make_pair(kind, attn=attention).ours, make_inputs(*PROMPTS[prompt])
     plain = logits_of(model, inputs)
     routed(model, tokens=tokens)
@@ -100,7 +107,7 @@ def test_forward(kind, prompt, tokens, attention, monkeypatch):
 
 
 @pytest.mark.parametrize("queries", [3, 512])
-def test_queries_in_steps_and_bfloat16(queries, monkeypatch):
+def test_queries_in_steps_and_bfloat16(queries, tiles, monkeypatch):
     monkeypatch.setattr(learned_routing_block, "QUERY_STEP", queries)
     model = make_pair("dense", dtype=torch.bfloat16).ours
     inputs = make_inputs(*PROMPTS["left-padded"], dtype=torch.bfloat16)
@@ -113,7 +120,7 @@ def test_queries_in_steps_and_bfloat16(queries, monkeypatch):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "qwen3_vl_exact"])
-def test_packed_rows(attention, monkeypatch):
+def test_packed_rows(attention, tiles):
     """Sequences one after the other in a row are ranked apart, as they would be alone."""
     model = make_pair("dense", attn=attention).ours.model.language_model
     lengths = (5, 7, 3)
@@ -125,6 +132,32 @@ def test_packed_rows(attention, monkeypatch):
         parts = embeds.split(lengths, dim=1)
         alone = torch.cat([model(inputs_embeds=part, use_cache=False)[0] for part in parts], dim=1)
     assert_close(packed, alone, 2e-5)
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    data=st.data(), batch=st.integers(1, 3), keys=st.integers(1, 300), padded=st.booleans(), packed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_queries_at_places_of_their_own(data, batch, keys, padded, packed, dtype):
+    count = data.draw(st.integers(1, keys))
+    generator = torch.Generator().manual_seed(keys)
+    places = torch.stack([torch.randperm(keys, generator=generator)[:count].sort().values for _ in range(batch)])
+    query, key, value = (
+        torch.randn(batch, *x, 32, generator=generator).to(dtype) for x in ((4, count), *[(2, keys)] * 2)
+    )
+    hidden, segments = torch.randint(0, 3, (batch, 1), generator=generator), torch.arange(keys).expand(batch, -1) // 40
+    valid = torch.arange(keys) >= hidden if padded else torch.ones(batch, keys, dtype=torch.bool)
+    layout = AttentionLayout(0, valid if padded else None, segments.int().contiguous() if packed else None)
+    actual = native_blocks(query, key, value, layout, 0.2, places=places).transpose(1, 2)
+    seen = (torch.arange(keys) <= places[..., None]) & valid[:, None]
+    if packed:
+        seen &= segments[:, None] == segments.gather(1, places)[..., None]
+    scores = 0.2 * query.double() @ key.double().repeat_interleave(2, 1).mT
+    shares = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1).nan_to_num(0.0)
+    expected = shares @ value.double().repeat_interleave(2, 1)
+    assert_close(actual.double(), expected, 1e-5 if dtype == torch.float32 else 0.03)
 
 
 @pytest.mark.parametrize("tokens", ["visual", "all"])

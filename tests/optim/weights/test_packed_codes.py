@@ -62,7 +62,7 @@ def test_groups_that_fit():
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows", [1, 8, 24, 40])
+@pytest.mark.parametrize("rows", [1, 5, 24, 60])
 def test_products_on_every_way(rows, bits, native, monkeypatch):
     if not native:
         monkeypatch.setenv("QWEN3_VL_NATIVE", "0")
@@ -86,7 +86,25 @@ def test_products_on_every_way(rows, bits, native, monkeypatch):
     ).abs().max() <= 1e-4 * expected_gradient.abs().max() + 1e-3
 
 
-@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.skipif(packed_kernel() is None, reason="no C++ compiler")
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 20), outputs=st.integers(1, 11), inputs=st.sampled_from([16, 48, 128, 208, 256]),
+    bits=st.sampled_from([4, 8]), dtype=st.sampled_from([torch.float32, torch.bfloat16]), biased=st.booleans(),
+)  # fmt: skip
+def test_native_products_of_any_shape(rows, outputs, inputs, bits, dtype, biased):
+    generator = torch.Generator().manual_seed(rows * 100 + inputs)
+    packed = pack(torch.randn(outputs, inputs, generator=generator), bits, group_size_for(inputs, 64))
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    bias = torch.randn(outputs, generator=generator).to(dtype) if biased else None
+    expected = F.linear(x.double(), plain(packed).double(), None if bias is None else bias.double())
+    # Each weight may be rounded to the rows' type, and the sum is.
+    most = (x.double().abs() @ plain(packed).double().abs().T).max() + 3
+    tolerance = (2**-9 if dtype == torch.bfloat16 else 1e-4) * most
+    assert (native_packed_linear(x, packed, bias).double() - expected).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("rows", [2, 120])
 def test_compiled_graphs_are_whole(rows, monkeypatch):
     define_operator()
     packed, x, bias = pack(torch.randn(30, 128), 4, 64), torch.randn(rows, 128), torch.randn(30)

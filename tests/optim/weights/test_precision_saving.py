@@ -140,3 +140,18 @@ def test_the_embedding_alone(tmp_path):
     assert isinstance(loaded.get_input_embeddings(), PackedEmbedding) and list(packed_weights(loaded)) == [
         "model.language_model.embed_tokens.weight"
     ]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_experts_become_plain_ones(bits, tmp_path):
+    model, _ = packed_model("moe", bits=bits, originals="drop")
+    inputs = make_inputs(*INPUTS)
+    before = logits_of(model, inputs)
+    model.save_pretrained(tmp_path / "packed")
+    for one in (model, type(model).from_pretrained(tmp_path / "packed")):
+        one.dequantize()
+        assert not packed_weights(one)
+        assert max_difference(logits_of(one, inputs), before) < 2e-3
+    one.save_pretrained(tmp_path / "plain")
+    stock = stock_class("moe", "ForConditionalGeneration").from_pretrained(tmp_path / "plain")
+    assert max_difference(logits_of(stock, inputs), logits_of(one, inputs)) < 1e-4
