@@ -27,6 +27,7 @@ def rows(settings: Settings) -> Iterator[Contest]:
         dtype = settings.torch_dtype(dtype_name)
         layers = max(2, settings.text_layers)  # of one, the half is the whole
         pair = cache(partial(build_pair, settings, dtype, text_layers=layers))
+        active: list[Any] = []  # on the one model of all rows
         for pictures, each, text in ((2, 16, 16),) if settings.quick else ((1, 1024, 128), (4, 1000, 96)):
             total = pictures * each + text
             yield Contest(
@@ -38,7 +39,7 @@ def rows(settings: Settings) -> Iterator[Contest]:
                     "image_tokens": pictures * each,
                     "text_layers": layers,
                 },
-                ways=partial(_ways, pair, prompt(pictures, each, text, dtype, settings)),
+                ways=partial(_ways, pair, active, prompt(pictures, each, text, dtype, settings)),
                 agreement=tensor_agreement,
                 most_repeats=5 if total > 2048 else None,
             )
@@ -57,11 +58,11 @@ def prompt(pictures: int, each: int, text: int, dtype: torch.dtype, settings: Se
     return {name: tensor.to(settings.device) for name, tensor in inputs.items()}
 
 
-def _ways(pair: Callable[[], ModelPair], inputs: dict[str, torch.Tensor]) -> dict[str, Way]:
+def _ways(pair: Callable[[], ModelPair], active: list[Any], inputs: dict[str, torch.Tensor]) -> dict[str, Way]:
     from qwen3_vl import LearnedActivationRouting
     from qwen3_vl.optim.attention.attention_exact import NAME as EXACT
 
-    models, active = pair(), []
+    models = pair()
 
     def way(model: Any, implementation: str, capacity: float | None = None) -> Way:
         routing = None if capacity is None else LearnedActivationRouting(capacity=capacity)

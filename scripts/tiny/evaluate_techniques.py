@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
@@ -155,7 +156,8 @@ def draw_profiles(results: dict[str, dict], path: Path) -> None:
 
     plain, names = results["plain"], [name for name in results if name != "plain"]
     columns = {key: label for key, label in COLUMNS.items() if key in plain}
-    figure, axes = pyplot.subplots(1, len(columns), figsize=(11, 0.45 * len(names) + 1.2), sharey=True)
+    size = (1.7 * len(columns) + 4, 0.28 * len(names) + 1.6)
+    figure, axes = pyplot.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
     for axis, (key, label) in zip(axes, columns.items(), strict=True):
         changes = [100 * (results[name][key]["accuracy"] - plain[key]["accuracy"]) for name in names]
         share, count = plain[key]["accuracy"], plain[key]["n"]
@@ -163,10 +165,10 @@ def draw_profiles(results: dict[str, dict], path: Path) -> None:
         axis.axvspan(-noise, noise, color="#dddddd", label="standard error of two independent runs")
         axis.barh(names[::-1], changes[::-1], color=["#4c72b0" if x >= -noise else "#c44e52" for x in changes[::-1]])
         axis.axvline(0, color="#333333", linewidth=0.8)
-        axis.set_title(f"{label}\nplain {100 * share:.1f} %", fontsize=10)
+        axis.set_title(f"{fill(label, 16)}\nplain {100 * share:.1f} %", fontsize=10)
+        axis.margins(y=0.01)
         axis.set_xlabel("points")
     figure.suptitle("Right answers on the tiny checkpoint, change against the plain model")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
