@@ -133,8 +133,9 @@ def print_front(search: Any, console: Console) -> None:
     """The profiles that no other one beats, the fastest first, with what they cost and change."""
     best = search.best()
     table = Table(title=f"agree on {search.target:.1%} of the tokens and more", title_justify="left")
-    for heading in ("profile", "time", "ms to first", "ms a token", "MB held", "ranked first", "same answer"):
-        table.add_column(heading, justify="left" if heading == "profile" else "right")
+    table.add_column("profile", min_width=26)
+    for heading in ("time", "first ms", "token ms", "MB", "top-1", "same"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for trial in search.front():
         found = trial.measurement
         table.add_row(
