@@ -62,6 +62,7 @@ API_PATHS: dict[str, tuple[str, ...]] = {
     "components.optimization": (
         "AdaptiveSparse",
         "AdaptivePrecision",
+        "AdaptiveSequencePacking",
         "FasterRotaryEmbeddings",
         "CrossLayerParameterRecycling",
         "HardwareSpecificKernels",
@@ -69,6 +70,7 @@ API_PATHS: dict[str, tuple[str, ...]] = {
         "LearnedActivationRouting",
         "HierarchicalMemoryCompression",
         "CrossModalTokenMerging",
+        "MemoryEfficientGradientAccumulation",
     ),
     "components.routing": ("MoeLayer",),
     "components.system": (),

@@ -28,6 +28,7 @@ from .power.power_pacing import PowerManagement
 from .technique_optim import Technique
 from .tokens.repeated_patches import RepeatedPatchRemoval
 from .tokens.token_merging import CrossModalTokenMerging
+from .training.gradient_accumulation import MemoryEfficientGradientAccumulation
 from .weights.adaptive_precision import AdaptivePrecision
 from .weights.compiled_decode import CompiledDecode
 from .weights.hardware_kernels import HardwareSpecificKernels
@@ -67,6 +68,7 @@ TECHNIQUES: dict[str, type[Technique]] = {
         HardwareSpecificKernels,
         CrossModalTokenMerging,
         RepeatedPatchRemoval,
+        MemoryEfficientGradientAccumulation,
         PowerManagement,
     )
 }

@@ -27,7 +27,7 @@ needs_tiny = pytest.mark.skipif(
 LATER = {
     **dict.fromkeys(("Qwen3VLInference", "UnifiedInferencePipeline", "DataPipelineOptimization"), 8),
     **dict.fromkeys(("generate_text", "generate_multimodal"), 8),
-    **dict.fromkeys(("AdaptiveSequencePacking", "MemoryEfficientGradientAccumulation", "AdaptiveBatchProcessing"), 7),
+    "AdaptiveBatchProcessing": 7,
     "DistributedPipelineParallelism": 7,
 }
 
@@ -113,6 +113,9 @@ PROFILES = "optim/test_profile_manager.py::test_"
 MODELING, WEIGHTS = "modeling_qwen3_vl/test_", "optim/weights/test_"
 # Where the effect of each name is observed.
 EFFECTS = {
+    "MemoryEfficientGradientAccumulation": (
+        "optim/training/test_gradient_accumulation.py::test_loss_and_gradients_are_the_plain_ones"
+    ),
     "qwen3_vl": "test_api_reference.py::test_the_package_is_the_same",
     "Qwen3VLModel": MODELING + "forward_parity.py::test_base_model",
     "Qwen3VLForConditionalGeneration": MODELING + "forward_parity.py::test_logits_and_hidden_states",
@@ -152,6 +155,7 @@ EFFECTS = {
     "LearnedActivationRouting": WEIGHTS + "learned_routing.py::test_skipped_tokens_are_not_computed",
     "KernelFusion": WEIGHTS + "kernel_fusion.py::test_memory_is_not_doubled",
     "MoeLayer": WEIGHTS + "moe_layer.py::test_against_a_dense_loop",
+    "AdaptiveSequencePacking": "optim/training/test_sequence_packing.py::test_equals_the_samples_alone",
     "CrossModalTokenMerging": "optim/tokens/test_token_reduction.py::test_survivors_are_what_stock_computes_over_them",
     "UnifiedOptimizationManager": "optim/test_orchestrator.py::test_apply_and_revert_leave_the_logits_as_they_were",
     "UnifiedOptimizationOrchestrator": "optim/test_orchestrator.py::test_a_context_manager_and_a_dry_run",
